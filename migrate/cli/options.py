@@ -1,0 +1,314 @@
+"""The command lines of ``migrate-src`` and ``migrate-dst``.
+
+Turns arguments into ``migrate.params``; owns option names, help texts and how a mistake is
+reported (one line on stderr, exit status 2). What a value may be is decided in ``params``.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from migrate.errors import ParamsError
+from migrate.params import (
+    Compress,
+    DestinationParams,
+    LinkAddress,
+    OutputParams,
+    SourceParams,
+    default_run_dir,
+    default_state_dir,
+    parse_socket_address,
+)
+from migrate.units import NS_PER_MS, NS_PER_S, parse_duration_ns, parse_rate, parse_size
+
+T = TypeVar("T")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ParamsError.exit_code, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds "(default: …)" to every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+
+def source_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``migrate-src``; ``parse_source`` is what commands use."""
+    parser = _parser(
+        "migrate-src",
+        "Migrate a running QEMU guest to the host where migrate-dst waits.",
+        "Sizes are written 512MiB, rates 200Mbit, times 300ms or 5s. The exit status is 0 only "
+        "when the guest is on the destination in the state it had.",
+    )
+    parser.add_argument(
+        "--to", required=True, metavar="HOST:PORT", type=_checked(LinkAddress.parse),
+        help="where migrate-dst listens",
+    )  # fmt: skip
+    _add_source_ways(parser)
+    _add_source_limits(parser)
+    _add_handover(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_source_ways(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the source QEMU (exactly one of --qmp and --gateway)")
+    group.add_argument(
+        "--qmp", metavar="SOCKET", type=Path,
+        help="QMP socket of the running QEMU, which migrate-src then drives",
+    )  # fmt: skip
+    group.add_argument(
+        "--gateway", metavar="ADDRESS", type=_checked(parse_socket_address),
+        help="listen on tcp:HOST:PORT or unix:PATH; whoever owns QEMU says 'migrate' to it",
+    )  # fmt: skip
+    group.add_argument(
+        "--gateway-owner", metavar="UID:GID", type=_checked(_parse_owner),
+        help="owner of the unix gateway socket, as numbers",
+    )  # fmt: skip
+    group.add_argument(
+        "--gateway-mode", metavar="MODE", type=_checked(_parse_mode), default="600",
+        help="permission bits of the unix gateway socket, octal",
+    )  # fmt: skip
+
+
+def _add_source_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--downtime-limit", metavar="TIME", type=_checked(_parse_ms), default="300ms",
+        help="how long the guest may stand still",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-bandwidth", metavar="RATE", type=_checked(parse_rate),
+        help="most the link may carry, e.g. 200Mbit or 25MB per second (default: no limit)",
+    )  # fmt: skip
+    group.add_argument(
+        "--streams", metavar="N", type=int, default=1,
+        help="connections to the destination; this version takes only 1",
+    )  # fmt: skip
+    group.add_argument(
+        "--compress", metavar="CODEC", type=_checked(Compress.parse), default="auto",
+        help="auto, none, lz4 or zstd[:LEVEL]; auto follows link and processor",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache", metavar="SIZE", type=_checked(parse_size), default="64MiB",
+        help="RAM for the page cache on each side, 0 for none",
+    )  # fmt: skip
+    group.add_argument(
+        "--connect-timeout", metavar="TIME", type=_checked(_parse_s), default="30s",
+        help="how long to try to reach migrate-dst",
+    )  # fmt: skip
+
+
+def _add_handover(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the handover")
+    group.add_argument(
+        "--commit", choices=("auto", "relay"), default="auto",
+        help="relay leaves the commit to whoever owns both monitors (gateway only)",
+    )  # fmt: skip
+    group.add_argument(
+        "--hold-before-commit", action="store_true",
+        help="wait, both sides paused, for a key or a signal before the commit",
+    )  # fmt: skip
+    group.add_argument(
+        "--after", choices=("keep", "quit"), default="keep",
+        help="what becomes of the source QEMU after a success",
+    )  # fmt: skip
+    _add_state_dir(group)
+
+
+def destination_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``migrate-dst``; ``parse_destination`` is what commands use."""
+    parser = _parser(
+        "migrate-dst",
+        "Wait for migrate-src and load the guest it sends into a QEMU on this host.",
+        "Everything behind '--' is the command of a QEMU to start, written as on the source; "
+        "migrate-dst adds -S, -incoming defer and a QMP socket.",
+        usage="migrate-dst --listen HOST:PORT [option ...] "
+        "(-- QEMU COMMAND | --qmp SOCKET | --incoming ADDRESS)",
+    )
+    parser.add_argument(
+        "--listen", required=True, metavar="HOST:PORT", type=_checked(LinkAddress.parse),
+        help="where to wait for migrate-src; port 0 takes a free one and prints it",
+    )  # fmt: skip
+    group = parser.add_argument_group("the destination QEMU (exactly one way)")
+    group.add_argument(
+        "--qmp", metavar="SOCKET", type=Path,
+        help="QMP socket of a QEMU that was started with -incoming defer",
+    )  # fmt: skip
+    group.add_argument(
+        "--incoming", metavar="ADDRESS", type=_checked(parse_socket_address),
+        help="tcp:HOST:PORT or unix:PATH where a QEMU already waits with -incoming",
+    )  # fmt: skip
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--cache-max", metavar="SIZE", type=_checked(parse_size), default="1GiB",
+        help="largest page cache that a source may ask for",
+    )  # fmt: skip
+    group.add_argument(
+        "--hello-timeout", metavar="TIME", type=_checked(_parse_s), default="10s",
+        help="how long a new connection may take to introduce itself",
+    )  # fmt: skip
+    group = parser.add_argument_group("directories")
+    _add_state_dir(group)
+    group.add_argument(
+        "--run-dir", metavar="DIR", type=Path, default=default_run_dir(os.environ, os.getuid()),
+        help="sockets and logs of a QEMU that migrate-dst starts",
+    )  # fmt: skip
+    _add_output(parser)
+    return parser
+
+
+def parse_source(argv: Sequence[str]) -> SourceParams:
+    """Read the arguments of ``migrate-src`` (without the program's name).
+
+    Raises:
+        SystemExit: 2 with one line on stderr for a mistake; 0 after ``--help``, ``--version``.
+    """
+    parser = source_parser()
+    options = parser.parse_args(argv)
+    try:
+        return SourceParams(
+            to=options.to,
+            qmp=options.qmp,
+            gateway=options.gateway,
+            gateway_owner=options.gateway_owner,
+            gateway_mode=options.gateway_mode,
+            downtime_limit_ms=options.downtime_limit,
+            max_bandwidth_bps=options.max_bandwidth,
+            streams=options.streams,
+            compress=options.compress,
+            cache_bytes=options.cache,
+            commit=options.commit,
+            hold_before_commit=options.hold_before_commit,
+            after=options.after,
+            state_dir=options.state_dir,
+            connect_timeout_s=options.connect_timeout,
+            output=_output(options),
+        )
+    except ParamsError as error:
+        parser.error(str(error))
+
+
+def parse_destination(argv: Sequence[str]) -> DestinationParams:
+    """Read the arguments of ``migrate-dst``; what stands behind ``--`` is the QEMU command.
+
+    Raises:
+        SystemExit: As ``parse_source``.
+    """
+    ours, qemu_argv = list(argv), None
+    if "--" in ours:
+        cut = ours.index("--")
+        ours, qemu_argv = ours[:cut], tuple(ours[cut + 1 :])
+    parser = destination_parser()
+    options = parser.parse_args(ours)
+    try:
+        return DestinationParams(
+            listen=options.listen,
+            qemu_argv=qemu_argv,
+            qmp=options.qmp,
+            incoming=options.incoming,
+            cache_max_bytes=options.cache_max,
+            state_dir=options.state_dir,
+            run_dir=options.run_dir,
+            hello_timeout_s=options.hello_timeout,
+            output=_output(options),
+        )
+    except ParamsError as error:
+        parser.error(str(error))
+
+
+def _parser(
+    prog: str, description: str, epilog: str, usage: str | None = None
+) -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog=prog, description=description, epilog=epilog, usage=usage,
+        formatter_class=_HelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"{prog} {_version()}")
+    return parser
+
+
+def _add_state_dir(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--state-dir", metavar="DIR", type=Path,
+        default=default_state_dir(os.environ, os.getuid()),
+        help="where the handover is recorded for recovery; must survive a reboot",
+    )  # fmt: skip
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is told (progress and logs go to stderr)")
+    group.add_argument("--report", metavar="FILE.json", type=Path, help="write the JSON report")
+    group.add_argument(
+        "--html", metavar="FILE.html", type=Path, help="write the report as a page"
+    )
+    group.add_argument(
+        "--trace",
+        metavar="FILE.jsonl",
+        type=Path,
+        help="write one JSON object a line meanwhile",
+    )
+    group.add_argument("--json", action="store_true", help="print the JSON report on stdout")
+    group.add_argument("--quiet", action="store_true", help="no progress display")
+
+
+def _output(options: argparse.Namespace) -> OutputParams:
+    return OutputParams(
+        report_path=options.report,
+        html_path=options.html,
+        trace_path=options.trace,
+        json=options.json,
+        quiet=options.quiet,
+    )
+
+
+def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Let argparse show a parser's own error text instead of "invalid value"."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except (ValueError, ParamsError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def _parse_ms(text: str) -> int:
+    return parse_duration_ns(text) // NS_PER_MS
+
+
+def _parse_s(text: str) -> float:
+    return parse_duration_ns(text) / NS_PER_S
+
+
+def _parse_owner(text: str) -> tuple[int, int]:
+    uid, colon, gid = text.partition(":")
+    if not (colon and uid.isascii() and uid.isdecimal() and gid.isascii() and gid.isdecimal()):
+        raise ValueError(f"expected UID:GID as numbers, got '{text}'")
+    return int(uid), int(gid)
+
+
+def _parse_mode(text: str) -> int:
+    try:
+        return int(text, 8)
+    except ValueError as error:
+        raise ValueError(f"expected an octal mode such as 660, got '{text}'") from error
+
+
+def _version() -> str:
+    try:
+        return version("precopy")
+    except PackageNotFoundError:
+        # Run from a checkout that was never installed.
+        return "(not installed)"

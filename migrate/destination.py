@@ -1,0 +1,341 @@
+"""migrate-dst: take in one migration.
+
+    guest (ours, attached, or waiting with -incoming) <- handover <- inbound pipeline <- link, HELLO
+
+It listens until a source introduces itself properly; strangers are turned away and change nothing.
+"""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from migrate.destination_report import destination_report
+from migrate.errors import (
+    GuestError,
+    GuestOn,
+    MigrationCancelledError,
+    MigrationError,
+    PeerLostError,
+    PeerProtocolError,
+    PeerRefusedError,
+)
+from migrate.guests.base import DestinationGuest
+from migrate.guests.incoming_destination import open_incoming_destination
+from migrate.guests.qemu_destination import START_S, open_qemu_destination
+from migrate.handover import DestinationHandover
+from migrate.hello import Agreement, answer_hello
+from migrate.inbound import Inbound
+from migrate.params import DestinationParams, LinkAddress
+from migrate.qemu.process import OwnedQemu
+from migrate.report.progress import ProgressState
+from migrate.report.report import Report
+from migrate.session import PROGRESS_S, Session, most_telling, private_dir
+from migrate.state_file import ABORTED, StateFile
+from migrate.transport.channels import listen
+from migrate.transport.link import Link
+from proto.link import messages
+from proto.link.connection import LinkConnection
+from proto.link.dispatch import FRAMES
+from proto.link.messages import CommitKind, Hello, Message
+from proto.link.state import Role
+
+MAX_STRANGERS = 16
+"""Connections that may be introducing themselves at a time."""
+
+DISCARD_S = 30.0
+FAREWELL_S = 3.0
+
+
+class DestinationRun:
+    """One run of migrate-dst."""
+
+    def __init__(self, params: DestinationParams, session: Session) -> None:
+        self._params = params
+        self._session = session
+        self._scope = trio.CancelScope()
+        self._cancelled_by: str | None = None
+        self._link: Link | None = None
+        self._agreement: Agreement | None = None
+        self._inbound: Inbound | None = None
+        self._handover: DestinationHandover | None = None
+        self._state_file: StateFile | None = None
+        self._source_left = trio.Event()
+        self._taken = False
+
+    def cancel(self, why: str) -> None:
+        """Call the migration off, from a signal."""
+        self._cancelled_by = why
+        self._scope.cancel()
+
+    async def run(self) -> tuple[Report, MigrationError | None]:
+        """Take a migration in; what can go wrong is returned with the report, not raised."""
+        error: MigrationError | None = None
+        try:
+            with private_dir(self._params.run_dir) as run_dir:
+                async with self._open_guest(run_dir) as guest:
+                    self._session.builder.report.destination = guest.form
+                    await self._take_in_or_discard(guest)
+        except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
+            error = most_telling(raised)
+            error.guest_on = self._guest_on(error)
+        report = destination_report(
+            self._session, self._link, self._inbound, self._handover, error
+        )
+        return report, error
+
+    def _guest_on(self, error: MigrationError) -> GuestOn:
+        """What this side knows of the guest after a failure."""
+        handover = self._handover
+        if handover is not None and handover.committed:
+            return GuestOn.DESTINATION if handover.run_state else GuestOn.UNKNOWN
+        return error.guest_on
+
+    @asynccontextmanager
+    async def _open_guest(self, run_dir: Path) -> AsyncIterator[DestinationGuest]:
+        params = self._params
+        if params.incoming is not None:
+            async with open_incoming_destination(params.incoming) as waiting:
+                yield waiting
+        elif params.qmp is not None:
+            async with open_qemu_destination(params.qmp, run_dir) as attached:
+                yield attached
+        else:
+            assert params.qemu_argv is not None
+            async with self._owned_qemu(run_dir) as owned:
+                yield owned
+
+    @asynccontextmanager
+    async def _owned_qemu(self, run_dir: Path) -> AsyncIterator[DestinationGuest]:
+        """Start QEMU; unless the guest becomes ours it is dead when this ends."""
+        argv = self._params.qemu_argv
+        assert argv is not None
+        # Its supervisor must know the state file before the source names the migration.
+        self._state_file = StateFile(
+            self._params.state_dir, "destination", secrets.token_bytes(16)
+        )
+        self._session.enter("starting QEMU")
+        qemu = await OwnedQemu.start(argv, run_dir / "qemu", self._state_file.path)
+        try:
+            with trio.move_on_after(START_S) as starting:
+                await qemu.wait_qmp_ready()
+            if starting.cancelled_caught:
+                raise GuestError(f"QEMU opened no monitor within {START_S:.0f} s")
+            async with open_qemu_destination(
+                qemu.qmp_path, run_dir, owned=qemu, argv=argv
+            ) as guest:
+                yield guest
+        finally:
+            if self._handover is None or not self._handover.committed:
+                with trio.CancelScope(shield=True), trio.move_on_after(DISCARD_S):
+                    await qemu.kill()
+                _remove_run_files(qemu)
+
+    async def _take_in_or_discard(self, guest: DestinationGuest) -> None:
+        try:
+            with self._scope:
+                await self._take_in(guest)
+            if self._scope.cancelled_caught:
+                raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
+        except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
+            error = most_telling(raised)
+            await self._discard(guest, error)
+            raise error from raised
+        finally:
+            if self._link is not None:
+                self._link.close()
+
+    async def _discard(self, guest: DestinationGuest, error: MigrationError) -> None:
+        """Give the migration up: record it, make this copy unable to run, tell the source."""
+        handover = self._handover
+        if handover is not None and handover.committed:
+            return
+        with trio.CancelScope(shield=True), trio.move_on_after(DISCARD_S):
+            if self._agreement is not None and self._state_file is not None:
+                self._state_file.write(ABORTED, reason=error.code)
+            try:
+                done = await guest.discard()
+            except GuestError as undead:
+                error.guest_on = GuestOn.UNKNOWN
+                done = str(undead)
+            self._session.say(done)
+            if self._link is not None:
+                with trio.move_on_after(FAREWELL_S):
+                    abort = messages.Abort(error.code, str(error), error.guest_on.value)
+                    await self._link.try_send(abort)
+
+    # --- the migration ------------------------------------------------------------------------
+
+    async def _take_in(self, guest: DestinationGuest) -> None:
+        session = self._session
+        async with trio.open_nursery() as nursery:
+            link, hello = await nursery.start(self._listen)
+            self._link = link
+            session.builder.setup_done(time.monotonic_ns())
+            agreement = self._agreement = await answer_hello(
+                link, hello, guest, cache_max_bytes=self._params.cache_max_bytes
+            )
+            for warning in (*agreement.warnings, *agreement.not_checked):
+                session.warn(warning)
+            session.builder.report.not_checked += agreement.not_checked
+            session.builder.report.commit = agreement.kind.value
+            await self._carry(guest, link, agreement)
+            nursery.cancel_scope.cancel()
+
+    async def _carry(
+        self, guest: DestinationGuest, link: Link, agreement: Agreement
+    ) -> None:
+        if self._state_file is None:
+            self._state_file = StateFile(
+                self._params.state_dir, "destination", agreement.migration_id
+            )
+        to_control, control = trio.open_memory_channel[Message](64)
+        inbound = self._inbound = Inbound(
+            guest,
+            link,
+            seed=agreement.seed,
+            slot_count=agreement.slot_count,
+            ledger=self._session.ledger,
+        )
+        handover = self._handover = DestinationHandover(
+            guest=guest,
+            link=link,
+            control=control,
+            inbound=inbound,
+            kind=agreement.kind,
+            state_file=self._state_file,
+        )
+        self._session.enter("precopy")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.keep_alive)
+            nursery.start_soon(self._receive, link, to_control)
+            nursery.start_soon(self._show_progress)
+            await inbound.wait_flowing()
+            await guest.receive()
+            if agreement.kind is CommitKind.RELAYED:
+                nursery.start_soon(self._relay, guest, link)
+            await inbound.run()
+            self._session.enter("handover")
+            await handover.hand_over()
+            self._session.enter("done")
+            await self._farewell(guest, link)
+            nursery.cancel_scope.cancel()
+
+    async def _farewell(self, guest: DestinationGuest, link: Link) -> None:
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(FAREWELL_S):
+                await link.try_send(messages.Bye())
+                await self._source_left.wait()
+            await guest.keep()
+
+    async def _receive(
+        self, link: Link, control: trio.MemorySendChannel[Message]
+    ) -> None:
+        """Read the link as long as the migration lasts; never wait for the guest here."""
+        assert self._inbound is not None
+        async with control:
+            while (message := await link.receive()) is not None:
+                if FRAMES[message.frame_type].numbered:
+                    self._inbound.take(message)
+                    continue
+                match message:
+                    case messages.KeepAlive():
+                        pass
+                    case messages.Abort(_, text, guest_on):
+                        raise PeerRefusedError(
+                            f"the source gave up: {text}", guest_on=GuestOn(guest_on)
+                        )
+                    case messages.Bye():
+                        self._source_left.set()
+                    case _:
+                        await control.send(message)
+            self._source_left.set()
+
+    async def _relay(self, guest: DestinationGuest, link: Link) -> None:
+        """Pass the destination QEMU's return path on to the source."""
+        try:
+            while True:
+                await link.send(messages.ReturnPath(await guest.relayed()))
+        except trio.EndOfChannel:
+            return
+
+    # --- strangers and the source ---------------------------------------------------------------
+
+    async def _listen(
+        self, task_status: trio.TaskStatus[tuple[Link, Hello]]
+    ) -> None:
+        """Accept connections; the first that says HELLO is the source, later ones hear "busy"."""
+        listener = await listen(self._params.listen, "migrate-src")
+        try:
+            self._session.enter("waiting for migrate-src")
+            host, port = listener.getsockname()[:2]
+            self._session.say(f"listening on {LinkAddress(host, port)} for migrate-src")
+            limiter = trio.CapacityLimiter(MAX_STRANGERS)
+            async with trio.open_nursery() as nursery:
+                while True:
+                    sock, peer = await listener.accept()
+                    await limiter.acquire_on_behalf_of(sock)
+                    nursery.start_soon(self._meet, sock, str(peer[0]), limiter, task_status)
+        finally:
+            listener.close()
+
+    async def _meet(
+        self,
+        sock: trio.socket.SocketType,
+        host: str,
+        limiter: trio.CapacityLimiter,
+        task_status: trio.TaskStatus[tuple[Link, Hello]],
+    ) -> None:
+        link = Link(sock, LinkConnection(Role.DESTINATION), f"migrate-src at {host}")
+        adopted = False
+        try:
+            with trio.move_on_after(self._params.hello_timeout_s):
+                hello = await link.receive()
+                if not isinstance(hello, Hello):
+                    return
+                if self._taken:
+                    busy = "this migrate-dst takes in another guest already"
+                    await link.try_send(messages.Refused("busy", busy))
+                    return
+                self._taken = adopted = True
+                task_status.started((link, hello))
+        except (PeerLostError, PeerProtocolError) as error:
+            self._session.say(f"turned away a connection from {host}: {error}")
+            await link.try_send(messages.Refused("protocol", str(error)))
+        finally:
+            limiter.release_on_behalf_of(sock)
+            if not adopted:
+                link.close()
+
+    # --- progress -------------------------------------------------------------------------------
+
+    async def _show_progress(self) -> None:
+        while True:
+            self._session.show(self._progress_state())
+            await trio.sleep(PROGRESS_S)
+
+    def _progress_state(self) -> ProgressState:
+        session, inbound, link = self._session, self._inbound, self._link
+        assert inbound is not None
+        assert link is not None
+        stopped = inbound.state.stopped and session.phase == "precopy"
+        blocks = inbound.state.blocks
+        return ProgressState(
+            phase="stop-and-copy" if stopped else session.phase,
+            elapsed_ms=session.elapsed_ms,
+            round_no=inbound.state.round_no,
+            ram_bytes=sum(b.used_length for b in blocks.blocks) if blocks else None,
+            pages=session.ledger.pages,
+            wire_bytes=link.connection.received_bytes,
+        )
+
+
+def _remove_run_files(qemu: OwnedQemu) -> None:
+    """Remove what a QEMU that is dead left in its directory; its log was quoted where it mattered."""
+    for path in (qemu.qmp_path, qemu.log_path):
+        path.unlink(missing_ok=True)
+    if qemu.run_dir.is_dir() and not any(qemu.run_dir.iterdir()):
+        qemu.run_dir.rmdir()

@@ -1,0 +1,53 @@
+"""Destination: what happened becomes the report."""
+
+import time
+
+from migrate.errors import GuestOn, MigrationError
+from migrate.handover import DestinationHandover
+from migrate.inbound import Inbound
+from migrate.report.report import Integrity, Report
+from migrate.session import Session
+from migrate.transport.link import Link
+from proto.link.messages import CommitKind
+
+
+def destination_report(
+    session: Session,
+    link: Link | None,
+    inbound: Inbound | None,
+    handover: DestinationHandover | None,
+    error: MigrationError | None,
+) -> Report:
+    """Fill the report from whatever the run reached."""
+    report = session.builder.report
+    if inbound is not None:
+        blocks = inbound.state.blocks
+        report.ram_bytes = sum(b.used_length for b in blocks.blocks) if blocks else 0
+        report.opaque_rest = inbound.state.opaque_rest or None
+        report.integrity = _integrity(inbound)
+    if link is not None:
+        received = link.connection.received_bytes
+        session.ledger.add_bytes("control", max(0, received - session.ledger.wire_bytes))
+        report.wire_bytes_back = link.sent_bytes
+    session.builder.take_ledger(session.ledger)
+    now_ns = time.monotonic_ns()
+    if error is not None:
+        run_state = handover.run_state if handover else None
+        return session.builder.failed(now_ns, error, run_state)
+    assert handover is not None
+    relayed = handover.kind is CommitKind.RELAYED
+    guest_on = GuestOn.HANDED_OVER if relayed else GuestOn.DESTINATION
+    return session.builder.completed(now_ns, guest_on, handover.run_state)
+
+
+def _integrity(inbound: Inbound) -> Integrity:
+    applier, end = inbound.state.applier, inbound.state.end
+    if applier is None or end is None:
+        return Integrity()
+    mine = applier.table.digest()
+    return Integrity(
+        pages=applier.table.page_count,
+        source_digest=end.ram_digest.hex(),
+        destination_digest=mine.hex(),
+        equal=mine == end.ram_digest,
+    )

@@ -1,0 +1,164 @@
+"""Errors of the engine: one class per reaction, each with its exit code and what it knows of the guest."""
+
+import enum
+
+
+class GuestOn(enum.Enum):
+    """Where the guest is, never more than is known."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+    NEITHER = "neither"
+    UNKNOWN = "unknown"
+    HANDED_OVER = "handed-over"
+
+
+class MigrationError(Exception):
+    """A migration did not happen, or its end is not what was asked for.
+
+    Attributes:
+        exit_code: Exit status of the command; unique per class (``tests/style`` checks it).
+        code: Short machine-readable name, stands in the report.
+        guest_on: Where the guest is now, as far as it is known.
+    """
+
+    exit_code = 1
+    code = "failed"
+
+    def __init__(self, message: str, *, guest_on: GuestOn = GuestOn.SOURCE) -> None:
+        super().__init__(message)
+        self.guest_on = guest_on
+
+
+class ParamsError(MigrationError):
+    """An option has a value that cannot work."""
+
+    exit_code = 2
+    code = "bad-option"
+
+
+class ConnectError(MigrationError):
+    """The other command, or a QEMU socket, could not be reached."""
+
+    exit_code = 10
+    code = "cannot-connect"
+
+
+class PeerLostError(MigrationError):
+    """The link to the other command broke."""
+
+    exit_code = 11
+    code = "peer-lost"
+
+
+class PeerRefusedError(MigrationError):
+    """The other command refused or aborted, and said why."""
+
+    exit_code = 12
+    code = "peer-refused"
+
+
+class PeerProtocolError(MigrationError):
+    """The other command sent something the link protocol does not allow."""
+
+    exit_code = 13
+    code = "peer-protocol"
+
+
+class MachineMismatchError(MigrationError):
+    """Source and destination machines differ in a way that would damage the guest."""
+
+    exit_code = 14
+    code = "machine-mismatch"
+
+
+class GuestError(MigrationError):
+    """A QEMU on this host did not do what was asked of it."""
+
+    exit_code = 20
+    code = "guest"
+
+
+class QmpConnectError(GuestError):
+    """A QMP socket is missing, in use, or not QMP."""
+
+    exit_code = 21
+    code = "qmp-connect"
+
+
+class QmpCommandError(GuestError):
+    """QEMU answered a QMP command with an error.
+
+    Attributes:
+        command: Name of the command.
+        error_class: QMP's error class, e.g. ``GenericError``.
+        desc: QEMU's own text.
+    """
+
+    exit_code = 22
+    code = "qmp-command"
+
+    def __init__(self, command: str, error_class: str, desc: str) -> None:
+        super().__init__(f"QEMU refused '{command}': {desc}")
+        self.command = command
+        self.error_class = error_class
+        self.desc = desc
+
+
+class QmpInterruptedError(GuestError):
+    """The monitor closed while a command was under way; whether it took effect is unknown."""
+
+    exit_code = 23
+    code = "qmp-interrupted"
+
+
+class QemuExitedError(GuestError):
+    """A QEMU process ended while it was needed."""
+
+    exit_code = 24
+    code = "qemu-exited"
+
+
+class QemuStreamBrokenError(GuestError):
+    """The source QEMU's migration stream ended early or is not a migration stream."""
+
+    exit_code = 25
+    code = "qemu-stream"
+
+
+class GuestStoppedError(GuestError):
+    """The guest powered off or crashed on its own while it was migrating."""
+
+    exit_code = 26
+    code = "guest-stopped"
+
+
+class MigrationCancelledError(MigrationError):
+    """The user, or a signal, cancelled the migration."""
+
+    exit_code = 30
+    code = "cancelled"
+
+
+class DeadlineExceededError(MigrationError):
+    """A phase did not end within its time-out."""
+
+    exit_code = 31
+    code = "deadline"
+
+
+class IntegrityError(MigrationError):
+    """The RAM that arrived is not the RAM that left; refused before the handover."""
+
+    exit_code = 40
+    code = "integrity"
+
+
+class SwitchoverUnknownError(MigrationError):
+    """The link died between COMMIT and RUNNING: the guest may run on the destination."""
+
+    exit_code = 50
+    code = "switchover-unknown"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, guest_on=GuestOn.UNKNOWN)

@@ -1,0 +1,177 @@
+"""What the engine needs of a guest, whatever it is: a real QEMU or a simulated one.
+
+A source guest yields events (``proto.guest_events``) and can be told to let go or to go on; a
+destination guest consumes the same events and can be told to run. Everything else (classes, link,
+handover, report) is the engine's and the same for all.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migrate.errors import GuestOn
+from proto.guest_events import GuestEvent, RamBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class GuestProgress:
+    """What the source guest says about its migration while it runs; None = not known.
+
+    Attributes:
+        remaining_bytes: Dirty guest memory not yet sent, as of the last bitmap sync.
+        dirty_pages_per_s: Pages newly dirtied per second.
+        dirty_sync_count: Bitmap syncs so far.
+        throttle_percent: vCPU throttling by auto-converge.
+    """
+
+    remaining_bytes: int | None = None
+    dirty_pages_per_s: int | None = None
+    dirty_sync_count: int | None = None
+    throttle_percent: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a side knows of its machine before the migration.
+
+    Attributes:
+        machine: Plain data for the comparison; None if there is no way to ask.
+        missing: Why ``machine`` is None, else empty.
+        qemu_version: As people write it, or None.
+    """
+
+    machine: dict[str, Any] | None
+    missing: str = ""
+    qemu_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where a guest is after a migration was called off.
+
+    Attributes:
+        guest_on: For programs.
+        text: For people.
+    """
+
+    guest_on: GuestOn
+    text: str
+
+
+class SourceGuest(Protocol):
+    """The guest that leaves.
+
+    Attributes:
+        form: How we reached it, for the report: ``qmp``, ``gateway``, ``simulate``.
+        return_path: Whether it stays held here until ``let_go`` (known once events flow).
+        was_running: Whether it ran before the migration; None where nobody tells us.
+        stopped_at_ns: Monotonic time of its stop for the switchover; None before, or not known.
+        name: For messages to people.
+    """
+
+    form: str
+    return_path: bool
+    was_running: bool | None
+    stopped_at_ns: int | None
+    name: str
+
+    async def facts(self) -> Facts:
+        """Collect facts about the machine for the comparison."""
+        ...
+
+    async def start(self) -> None:
+        """Begin the migration; events flow from then on."""
+        ...
+
+    async def next_events(self) -> list[GuestEvent]:
+        """Wait for the next events, at least one."""
+        ...
+
+    async def answer(self, message: bytes) -> None:
+        """Relay a return path message of the destination guest."""
+        ...
+
+    async def progress(self) -> GuestProgress:
+        """Ask for progress; not while the guest is stopped for the switchover."""
+        ...
+
+    async def let_go(self) -> None:
+        """Make the guest unable to resume here on its own; returns when that is certain."""
+        ...
+
+    async def go_on(self) -> Whereabouts:
+        """Call the migration off so that the guest is as it was; say where it is now."""
+        ...
+
+    async def finish(self, *, quit_guest: bool) -> None:
+        """End the source QEMU after the commit, if asked to."""
+        ...
+
+
+class DestinationGuest(Protocol):
+    """The guest that arrives.
+
+    Attributes:
+        form: How we reached it, for the report: ``owned``, ``qmp``, ``incoming``, ``simulate``.
+        commanded: Whether it runs when we say so; otherwise it starts itself when complete.
+        name: For messages to people.
+    """
+
+    form: str
+    commanded: bool
+    name: str
+
+    async def facts(self) -> Facts:
+        """Collect facts about the machine for the comparison."""
+        ...
+
+    async def receive(self) -> None:
+        """Open the way for a stream; called when the source's guest begins to flow."""
+        ...
+
+    def allocate(self, count: int) -> NDArray[np.uint8]:
+        """Memory for ``count`` pages, shape (count, 4096), that ``load`` takes without a copy."""
+        ...
+
+    def fresh_blocks(self, blocks: RamBlocks) -> frozenset[int]:
+        """Indices of blocks that are all zero until we write to them."""
+        ...
+
+    async def load(self, events: Iterable[GuestEvent]) -> None:
+        """Take RamBlocks, PageRun, ZeroRun, Opaque in order."""
+        ...
+
+    async def mark(self, number: int) -> None:
+        """Have ``consumed`` reach ``number`` once everything before is loaded."""
+        ...
+
+    async def wait_consumed(self, number: int) -> int:
+        """Wait until more than ``number`` is consumed; returns the number reached."""
+        ...
+
+    async def relayed(self) -> bytes:
+        """Wait for return path bytes of the guest that are meant for the source."""
+        ...
+
+    async def load_devices(self, state: bytes) -> None:
+        """Load the end of RAM and all device state but its end mark; returns when loaded."""
+        ...
+
+    async def load_end(self) -> None:
+        """Deliver the end; returns when the guest is complete (or, uncommanded, when it runs)."""
+        ...
+
+    async def run(self, run_state: str) -> str:
+        """Make the complete guest what it was at the source; returns its run state as asked."""
+        ...
+
+    async def discard(self) -> str:
+        """Make sure this guest never runs; say in words what was done."""
+        ...
+
+    async def keep(self) -> None:
+        """Leave the running guest to itself; we are about to exit."""
+        ...

@@ -1,0 +1,165 @@
+"""A QEMU that somebody else drives: we only listen, they type ``migrate tcp:…`` or ``unix:…``.
+
+There is no monitor: rounds and the stop are read from the stream, and the only ways to act are to
+answer on the return path, to read slower, or to close the stream.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from migrate.errors import GuestError, GuestOn, QemuStreamBrokenError
+from migrate.guests.base import Facts, GuestProgress, Whereabouts
+from migrate.params import SocketAddress, UnixAddress
+from migrate.qemu.local_hop import IncomingHop
+from migrate.transport.channels import listen
+from proto.guest_events import End, GuestEvent, Opaque, OpaqueKind, RamBlocks, Switchover
+from proto.qemu.return_path import shut
+
+END_S = 30.0
+"""From SHUT to the end of file of the source's stream takes QEMU moments."""
+
+
+class GatewaySource:
+    """See ``migrate.guests.base.SourceGuest``."""
+
+    form = "gateway"
+    was_running: bool | None = None
+
+    def __init__(self, listener: trio.socket.SocketType, name: str) -> None:
+        self._listener = listener
+        self._hop: IncomingHop | None = None
+        self._complete = False
+        self._let_go = False
+        self.return_path = False
+        self.stopped_at_ns: int | None = None
+        self.name = name
+
+    async def wait_header(self) -> list[GuestEvent]:
+        """Wait for the source QEMU, as long as it takes, and read its stream's header.
+
+        Whether there is a return path decides who commits, so it must be known before the other
+        side is asked. No page is read yet.
+
+        Returns:
+            The events read: up to the RAM block list, or what cannot be understood.
+        """
+        sock, _ = await self._listener.accept()
+        self._hop = IncomingHop(sock)
+        events: list[GuestEvent] = []
+        rest = (OpaqueKind.REST, OpaqueKind.REST_IN_RAM)
+        while not any(
+            isinstance(e, RamBlocks) or (isinstance(e, Opaque) and e.kind in rest)
+            for e in events
+        ):
+            events += await self.next_events()
+        return events
+
+    async def facts(self) -> Facts:
+        """There is no monitor to ask."""
+        return Facts(None, "the source was reached as a gateway, without its monitor")
+
+    async def start(self) -> None:
+        """Nothing to do: events flow as soon as they are read."""
+
+    async def refuse_more_connections(self) -> None:
+        """Run beside the migration: a second connection means multifd, which takes pages elsewhere.
+
+        Raises:
+            GuestError: A second connection came.
+        """
+        sock, _ = await self._listener.accept()
+        sock.close()
+        raise GuestError(
+            "the source QEMU opened a second connection: switch the capability multifd off"
+        )
+
+    async def next_events(self) -> list[GuestEvent]:
+        """As the base says; notes the return path and the stop as they pass."""
+        assert self._hop is not None
+        events = await self._hop.next_events()
+        for event in events:
+            match event:
+                case Opaque(OpaqueKind.OPEN_RETURN_PATH):
+                    self.return_path = True
+                case Switchover():
+                    self.stopped_at_ns = time.monotonic_ns()
+                case End():
+                    await self._see_end()
+        return events
+
+    async def _see_end(self) -> None:
+        """Without a return path the source has completed when it closed its end, not before."""
+        assert self._hop is not None
+        if not self.return_path:
+            with trio.move_on_after(END_S):
+                await self._hop.wait_eof()
+        self._complete = True
+
+    async def answer(self, message: bytes) -> None:
+        """Send a return path message to QEMU, if it listens to any."""
+        assert self._hop is not None
+        if self.return_path:
+            await self._hop.answer(message)
+
+    async def progress(self) -> GuestProgress:
+        """Nobody to ask."""
+        return GuestProgress()
+
+    async def let_go(self) -> None:
+        """Answer SHUT 0 and see QEMU close its end; without a return path it has long completed.
+
+        Raises:
+            GuestError: The source did not close: whether it completed is unknown.
+        """
+        assert self._hop is not None
+        if not self.return_path:
+            return
+        self._let_go = True
+        try:
+            await self._hop.answer(shut(0))
+            with trio.fail_after(END_S):
+                await self._hop.wait_eof()
+        except (QemuStreamBrokenError, trio.TooSlowError) as error:
+            raise GuestError(
+                f"{self.name} did not complete after SHUT; look at its monitor",
+                guest_on=GuestOn.NEITHER,
+            ) from error
+
+    async def go_on(self) -> Whereabouts:
+        """Close the stream: with a return path QEMU resumes its guest by itself."""
+        if self._hop is None:
+            text = "the source QEMU never connected; its guest is untouched"
+            return Whereabouts(GuestOn.SOURCE, text)
+        self._hop.close()
+        if self._let_go or (self._complete and not self.return_path):
+            text = (
+                "the source QEMU has completed; its guest is paused there and runs nowhere, "
+                "'cont' in its monitor resumes it"
+            )
+            return Whereabouts(GuestOn.NEITHER, text)
+        text = "the source QEMU keeps its guest and resumes it by itself"
+        return Whereabouts(GuestOn.SOURCE, text)
+
+    async def finish(self, *, quit_guest: bool) -> None:
+        """Nothing: the source QEMU belongs to somebody else."""
+
+
+@asynccontextmanager
+async def open_gateway(
+    address: SocketAddress, *, mode: int, owner: tuple[int, int] | None
+) -> AsyncIterator[GatewaySource]:
+    """Listen for a source QEMU; a unix socket is unlinked at the end.
+
+    Raises:
+        ConnectError: The address cannot be listened on.
+    """
+    listener = await listen(address, "the source QEMU", mode=mode, owner=owner)
+    try:
+        yield GatewaySource(listener, "the source QEMU (gateway)")
+    finally:
+        listener.close()
+        if isinstance(address, UnixAddress):
+            address.path.unlink(missing_ok=True)

@@ -1,0 +1,253 @@
+"""A destination QEMU whose monitor is ours: started by us, or attached over QMP.
+
+It is loaded without running (``-S``, or ``stop`` while it waits), so it runs when we say ``cont``
+and not before.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from migrate.errors import (
+    GuestError,
+    GuestOn,
+    MigrationError,
+    QemuExitedError,
+    QemuStreamBrokenError,
+    QmpCommandError,
+    QmpInterruptedError,
+)
+from migrate.guests.base import Facts
+from migrate.params import UnixAddress
+from migrate.qemu import preflight, queries
+from migrate.qemu.loader import QemuLoader
+from migrate.qemu.local_hop import OutgoingHop
+from migrate.qemu.process import OwnedQemu
+from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
+from migrate.qemu.settings import changed_settings
+from migrate.transport.channels import connect
+from proto.guest_events import GuestEvent, RamBlocks
+from proto.qemu.ram import page_buffer
+
+START_S = 30.0
+"""A QEMU that we start opens its monitor within a second; with preallocated RAM it takes longer."""
+
+LOAD_S = 30.0
+"""From the end mark to ``completed``: devices are loaded by then, disks may have to be opened."""
+
+RUN_S = 30.0
+"""From ``cont`` to the RESUME event: activating disks is the slow part."""
+
+DISCARD_S = 10.0
+
+CAPABILITIES_ON = ("late-block-activate", "events")
+CAPABILITIES_OFF = ("multifd", "postcopy-ram", "x-colo", "mapped-ram", "switchover-ack")
+
+NOT_ANONYMOUS = ("mem-path", "memory-backend-file", "memory-backend-memfd", "memory-backend-epc")
+"""With any of these on QEMU's command line its RAM may not be fresh zero memory."""
+
+
+class QemuDestination:
+    """See ``migrate.guests.base.DestinationGuest``."""
+
+    commanded = True
+
+    def __init__(self, client: QmpClient, run_dir: Path, owned: OwnedQemu | None) -> None:
+        self._client = client
+        self._owned = owned
+        self._socket_path = run_dir / "to-qemu.sock"
+        self._loader: QemuLoader | None = None
+        self._nursery: trio.Nursery | None = None
+        self._marks = 0
+        self._end_delivered = False
+        self._argv: Sequence[str] = ()
+        self.form = "owned" if owned else "qmp"
+        self.name = f"the destination QEMU ({client.path})"
+
+    async def facts(self) -> Facts:
+        """Ask the monitor; see ``migrate.qemu.preflight``."""
+        facts = await preflight.collect_facts(self._client)
+        version = str(queries.version_of(self._client))
+        return Facts(facts.to_dict(), qemu_version=version)
+
+    def take_argv(self, argv: Sequence[str]) -> None:
+        """Remember the command line we started it with."""
+        self._argv = argv
+
+    def run_in(self, nursery: trio.Nursery) -> None:
+        """Give it a place for its background tasks."""
+        self._nursery = nursery
+
+    async def receive(self) -> None:
+        """Make sure it will not start by itself, let it listen, and connect.
+
+        Raises:
+            GuestError: It is not waiting for a migration.
+        """
+        state = await queries.query_run_state(self._client)
+        if state.status != queries.RUN_STATE_INCOMING:
+            raise GuestError(
+                f"{self.name} does not wait for a migration: its run state is "
+                f"'{state.status}'; start it with -incoming defer"
+            )
+        await queries.stop(self._client)  # clears autostart: it stays paused after the load
+        try:
+            await queries.migrate_incoming(self._client, f"unix:{self._socket_path}")
+        except QmpCommandError as error:
+            raise GuestError(
+                f"{self.name} cannot receive: {error.desc}; start it with -incoming defer"
+            ) from error
+        try:
+            sock = await connect(UnixAddress(self._socket_path), self.name)
+        finally:
+            self._socket_path.unlink(missing_ok=True)
+        self._loader = QemuLoader(OutgoingHop(sock))
+        assert self._nursery is not None
+        self._nursery.start_soon(self._loader.read_return_path)
+
+    def allocate(self, count: int) -> NDArray[np.uint8]:
+        """Memory with room for the stream's record headers."""
+        return page_buffer(count)
+
+    def fresh_blocks(self, blocks: RamBlocks) -> frozenset[int]:
+        """``pc.ram`` of a QEMU that we started with anonymous memory."""
+        if self._owned is None or any(
+            word in argument for argument in self._argv for word in NOT_ANONYMOUS
+        ):
+            return frozenset()
+        return frozenset(i for i, b in enumerate(blocks.blocks) if b.idstr == "pc.ram")
+
+    @property
+    def _open_loader(self) -> QemuLoader:
+        assert self._loader is not None, "receive() comes first"
+        return self._loader
+
+    async def load(self, events: Iterable[GuestEvent]) -> None:
+        """Write events to the QEMU; a failure is explained with what QEMU says."""
+        with self._explained():
+            await self._open_loader.load(events)
+
+    async def mark(self, number: int) -> None:
+        """See the base."""
+        self._marks = number
+        await self._open_loader.mark(number)
+
+    async def wait_consumed(self, number: int) -> int:
+        """See the base."""
+        with self._explained():
+            return await self._open_loader.wait_consumed(number)
+
+    async def relayed(self) -> bytes:
+        """See the base."""
+        return await self._open_loader.relayed()
+
+    async def load_devices(self, state: bytes) -> None:
+        """See the base."""
+        with self._explained():
+            await self._open_loader.load_devices(state, self._marks + 1)
+
+    async def load_end(self) -> None:
+        """Deliver the end; returns when QEMU completed the load and is paused.
+
+        Raises:
+            QemuStreamBrokenError: The load failed.
+        """
+        self._end_delivered = True
+        with self._explained(), self._client.listen("MIGRATION") as events:
+            await self._open_loader.load_end()
+            with trio.fail_after(LOAD_S):
+                await self._wait_loaded(events)
+
+    async def _wait_loaded(self, events: EventListener) -> None:
+        while True:
+            status = await queries.query_migrate(self._client)
+            state = await queries.query_run_state(self._client)
+            if status.status == "completed" and state.status != queries.RUN_STATE_INCOMING:
+                if state.running:
+                    raise GuestError(f"{self.name} runs already", guest_on=GuestOn.UNKNOWN)
+                return
+            if status.status == "failed":
+                raise QemuStreamBrokenError(f"{self.name}: {status.error_desc}")
+            with trio.move_on_after(0.02):
+                await events.next()
+
+    async def run(self, run_state: str) -> str:
+        """``cont`` where the guest ran at the source; otherwise leave it paused.
+
+        Raises:
+            GuestError: It cannot run (its disks, most likely).
+        """
+        if run_state == "running":
+            with self._client.listen("RESUME", "STOP") as events, trio.fail_after(RUN_S):
+                await queries.cont(self._client)
+                await events.next()
+        state = await queries.query_run_state(self._client)
+        if state.running != (run_state == "running"):
+            raise GuestError(f"{self.name} is '{state.status}' after 'cont'")
+        return state.status
+
+    async def discard(self) -> str:
+        """Kill the QEMU we started; make an attached one unable to run this guest."""
+        if self._loader is not None:
+            self._loader.close()
+        if self._owned is not None:
+            await self._owned.kill()
+            return "the destination QEMU that was started is ended"
+        if self._client.is_closed:
+            return f"{self.name} has ended"
+        if not self._end_delivered:
+            return f"{self.name} got no complete guest; start it anew for another try"
+        with trio.move_on_after(DISCARD_S), contextlib.suppress(MigrationError):
+            await queries.quit_qemu(self._client)
+            return f"{self.name} held a complete copy and was made to quit"
+        return f"{self.name} holds a complete, paused copy: end it, never 'cont' it"
+
+    async def keep(self) -> None:
+        """Leave the QEMU to itself; its monitor stays where it is."""
+        if self._loader is not None:
+            self._loader.close()
+        if self._owned is not None:
+            await self._owned.release()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Add what the QEMU itself said to an error of the stream."""
+        try:
+            yield
+        except QmpInterruptedError as error:
+            raise self._exited() from error
+        except QemuStreamBrokenError as error:
+            if self._owned is None:
+                raise
+            log = self._owned.log_tail()
+            raise QemuStreamBrokenError(f"{error}; its log ends: {log}") from error
+
+    def _exited(self) -> QemuExitedError:
+        log = f"; its log ends: {self._owned.log_tail()}" if self._owned else ""
+        return QemuExitedError(f"{self.name} exited{log}")
+
+
+@asynccontextmanager
+async def open_qemu_destination(
+    qmp: Path, run_dir: Path, *, owned: OwnedQemu | None = None, argv: Sequence[str] = ()
+) -> AsyncIterator[QemuDestination]:
+    """Attach to a QEMU that waits with ``-incoming defer``; its settings are restored at exit.
+
+    Raises:
+        QmpConnectError: The monitor cannot be used.
+    """
+    async with open_qmp(qmp) as client:
+        known = await queries.query_capabilities(client)
+        wanted = {name: True for name in CAPABILITIES_ON if name in known}
+        wanted |= {name: False for name in CAPABILITIES_OFF if known.get(name)}
+        async with changed_settings(client, wanted, {}), trio.open_nursery() as nursery:
+            guest = QemuDestination(client, run_dir, owned)
+            guest.take_argv(argv)
+            guest.run_in(nursery)
+            yield guest
+            nursery.cancel_scope.cancel()

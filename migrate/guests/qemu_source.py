@@ -1,0 +1,305 @@
+"""A running QEMU that we drive over QMP: the guest that leaves.
+
+QEMU is told to migrate to a unix socket of ours, with the return path on: it then keeps the guest
+paused at the end until we answer SHUT, and resumes it by itself when we close the stream instead.
+"""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from migrate.errors import (
+    GuestError,
+    GuestOn,
+    GuestStoppedError,
+    MigrationError,
+    QemuExitedError,
+    QemuStreamBrokenError,
+    QmpCommandError,
+    QmpInterruptedError,
+)
+from migrate.guests.base import Facts, GuestProgress, Whereabouts
+from migrate.params import UnixAddress
+from migrate.qemu import preflight, queries
+from migrate.qemu.local_hop import IncomingHop
+from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
+from migrate.qemu.settings import changed_settings
+from migrate.transport.channels import listen
+from proto.guest_events import GuestEvent
+from proto.qemu.return_path import shut
+
+UNLIMITED_BYTES_PER_S = 2**63 - 1 - 2**20
+"""QEMU's own rate limit is lifted: the link, through our window, is the only brake."""
+
+CONNECT_S = 10.0
+"""QEMU connects to our socket within milliseconds, or not at all."""
+
+END_S = 30.0
+"""QEMU needs moments from SHUT to ``completed``, and from a closed stream to a running guest."""
+
+SHUTDOWN_GRACE_S = 1.0
+"""A guest that powers off breaks the stream and sends SHUTDOWN at the same time."""
+
+CAPABILITIES_ON = ("return-path", "events")
+CAPABILITIES_OFF = (
+    "xbzrle",
+    "compress",
+    "multifd",
+    "postcopy-ram",
+    "x-colo",
+    "background-snapshot",
+    "release-ram",
+    "zero-copy-send",
+    "pause-before-switchover",
+    "switchover-ack",
+    "mapped-ram",
+    "rdma-pin-all",
+    "block",
+)
+"""Off for our migration, the user's choice comes back after it: the engine does their work, or they
+change who decides about the switchover."""
+
+
+class QemuSource:
+    """See ``migrate.guests.base.SourceGuest``."""
+
+    form = "qmp"
+    return_path = True
+
+    def __init__(self, client: QmpClient, run_dir: Path, name: str) -> None:
+        self._client = client
+        self._socket_path = run_dir / "from-qemu.sock"
+        self._hop: IncomingHop | None = None
+        self._powered_off = False
+        self._paused_by_user = False
+        self._switched_over = False
+        self._let_go = False
+        self.name = name
+        self.was_running: bool | None = None
+        self.stopped_at_ns: int | None = None
+
+    async def facts(self) -> Facts:
+        """Ask the monitor; see ``migrate.qemu.preflight``."""
+        facts = await preflight.collect_facts(self._client)
+        version = str(queries.version_of(self._client))
+        return Facts(facts.to_dict(), qemu_version=version)
+
+    async def start(self) -> None:
+        """Listen, tell QEMU to migrate to us, and take its connection.
+
+        Raises:
+            GuestError: QEMU refused, or did not connect.
+        """
+        listener = await listen(UnixAddress(self._socket_path), "the source QEMU")
+        try:
+            await queries.migrate(self._client, f"unix:{self._socket_path}")
+            with trio.move_on_after(CONNECT_S):
+                sock, _ = await listener.accept()
+                self._hop = IncomingHop(sock)
+                return
+            status = await queries.query_migrate(self._client)
+            why = status.error_desc or status.status
+            raise GuestError(f"{self.name} did not start its migration: {why}")
+        finally:
+            listener.close()
+            self._socket_path.unlink(missing_ok=True)
+
+    async def next_events(self) -> list[GuestEvent]:
+        """As the base says; a guest that powers off is told apart from a broken stream."""
+        assert self._hop is not None
+        try:
+            return await self._hop.next_events()
+        except QemuStreamBrokenError as error:
+            raise await self._why_broken(error) from error
+
+    async def _why_broken(self, error: QemuStreamBrokenError) -> MigrationError:
+        with trio.move_on_after(SHUTDOWN_GRACE_S):
+            while not self._powered_off and not self._client.is_closed:
+                await trio.sleep(0.02)
+        if self._powered_off:
+            return GuestStoppedError("the guest powered off in the middle of the migration")
+        if self._client.is_closed:
+            return QemuExitedError(
+                f"{self.name} exited in the middle of the migration",
+                guest_on=GuestOn.NEITHER,
+            )
+        with contextlib.suppress(MigrationError):
+            status = await queries.query_migrate(self._client)
+            if status.error_desc:
+                return QemuStreamBrokenError(f"{error} (QEMU says: {status.error_desc})")
+        return error
+
+    async def answer(self, message: bytes) -> None:
+        """Send a return path message to QEMU."""
+        assert self._hop is not None
+        await self._hop.answer(message)
+
+    async def progress(self) -> GuestProgress:
+        """Ask ``query-migrate``; empty once the guest is stopped."""
+        if self.stopped_at_ns is not None or self._client.is_closed:
+            return GuestProgress()
+        status = await queries.query_migrate(self._client)
+        ram = status.ram
+        return GuestProgress(
+            remaining_bytes=ram.remaining_bytes if ram else None,
+            dirty_pages_per_s=ram.dirty_pages_rate if ram else None,
+            dirty_sync_count=ram.dirty_sync_count if ram else None,
+            throttle_percent=status.throttle_percent,
+        )
+
+    async def let_go(self) -> None:
+        """Answer SHUT 0 and see that QEMU completed: it cannot resume on its own any more.
+
+        A QEMU whose process ended after SHUT has let go as well.
+
+        Raises:
+            GuestError: It did not complete; the guest is paused at the source.
+        """
+        assert self._hop is not None
+        with self._client.listen("MIGRATION") as events:
+            self._let_go = True
+            try:
+                await self._hop.answer(shut(0))
+                with trio.move_on_after(END_S):
+                    await self._wait_status(events, {"completed"})
+                    return
+            except (QmpInterruptedError, QemuStreamBrokenError):
+                await trio.sleep(0)
+                if await self._process_gone():
+                    return
+        raise GuestError(f"{self.name} did not complete the migration", guest_on=GuestOn.SOURCE)
+
+    async def _process_gone(self) -> bool:
+        """Whether the monitor closed because the process ended (seen by its pid)."""
+        with trio.move_on_after(END_S):
+            while True:
+                if self._client.is_closed and not self._client.peer_alive():
+                    return True
+                await trio.sleep(0.05)
+        return False
+
+    async def _wait_status(self, events: EventListener, wanted: set[str]) -> str:
+        while True:
+            status = (await queries.query_migrate(self._client)).status
+            if status in wanted:
+                return status
+            with trio.move_on_after(0.5):
+                await events.next()
+
+    async def go_on(self) -> Whereabouts:
+        """Close the stream, cancel, and see that the guest is as it was before."""
+        if self._hop is not None:
+            self._hop.close()
+        if self._powered_off:
+            return Whereabouts(GuestOn.SOURCE, "the guest powered itself off at the source")
+        if self._client.is_closed:
+            return Whereabouts(GuestOn.NEITHER, f"{self.name} is gone")
+        try:
+            with trio.fail_after(END_S), self._client.listen("MIGRATION", "RESUME") as events:
+                await self._cancel(events)
+                return Whereabouts(GuestOn.SOURCE, await self._wait_as_before(events))
+        except QmpInterruptedError:
+            return Whereabouts(GuestOn.NEITHER, f"{self.name} is gone")
+        except trio.TooSlowError:
+            text = f"{self.name} does not answer; ask 'info status' in its monitor"
+            return Whereabouts(GuestOn.UNKNOWN, text)
+
+    async def _cancel(self, events: EventListener) -> None:
+        status = await queries.query_migrate(self._client)
+        if not status.has_ended:
+            with contextlib.suppress(QmpCommandError):
+                await queries.migrate_cancel(self._client)
+            await self._wait_status(events, set(queries.ENDED_STATUSES))
+
+    async def _wait_as_before(self, events: EventListener) -> str:
+        """Wait for QEMU's own resume; after ``completed`` there is none, then say ``cont``."""
+        if not self.was_running or self._paused_by_user:
+            state = await queries.query_run_state(self._client)
+            return f"the guest is {state.status} at the source, as it was"
+        status = await queries.query_migrate(self._client)
+        if status.status == "completed":
+            await queries.cont(self._client)
+        while True:
+            state = await queries.query_run_state(self._client)
+            if state.running:
+                return "the guest runs at the source"
+            with trio.move_on_after(0.2):
+                await events.next()
+
+    async def finish(self, *, quit_guest: bool) -> None:
+        """Quit the source QEMU if asked to."""
+        if quit_guest and not self._client.is_closed:
+            await queries.quit_qemu(self._client)
+
+    async def watch(self, events: EventListener) -> None:
+        """Follow the guest's stops and its end; runs as a task as long as the monitor is open."""
+        with contextlib.suppress(QmpInterruptedError):
+            while True:
+                event = await events.next()
+                if event.name == "SHUTDOWN":
+                    self._powered_off = True
+                    if self._hop is not None and not self._let_go:
+                        self._hop.abort()
+                elif event.name == "RESUME":
+                    self.stopped_at_ns = None
+                    self._paused_by_user = False
+                elif event.name == "STOP":
+                    self.stopped_at_ns = _monotonic_ns(event.timestamp_us)
+                    await self._who_stopped()
+
+    async def _who_stopped(self) -> None:
+        """Tell a user's stop from QEMU's own; not awaited while the stream holds the main lock."""
+        with trio.move_on_after(0.001):
+            state = await queries.query_run_state(self._client)
+            if state.status == "paused":
+                self._paused_by_user = True
+                self.stopped_at_ns = None
+
+
+def _monotonic_ns(timestamp_us: int | None) -> int:
+    """Translate QEMU's wall-clock stamp of an event to our monotonic clock (same host)."""
+    if timestamp_us is None:
+        return time.monotonic_ns()
+    return time.monotonic_ns() - max(0, time.time_ns() - timestamp_us * 1000)
+
+
+@asynccontextmanager
+async def open_qemu_source(
+    qmp: Path, run_dir: Path, *, downtime_limit_ms: int
+) -> AsyncIterator[QemuSource]:
+    """Attach to a running QEMU; its own settings are restored on every way out.
+
+    Args:
+        qmp: Its QMP socket.
+        run_dir: Private directory for the stream's socket.
+        downtime_limit_ms: What QEMU is told; at least 1 (0 makes 7.2 switch without a last sync).
+
+    Raises:
+        QmpConnectError: The monitor cannot be used.
+        GuestError: The QEMU is not in a state to migrate.
+    """
+    async with open_qmp(qmp) as client:
+        source = QemuSource(client, run_dir, f"the source QEMU ({qmp})")
+        state = await queries.query_run_state(client)
+        if state.status in ("inmigrate", "postmigrate", "shutdown", "internal-error"):
+            raise GuestError(f"{source.name} cannot migrate: its run state is '{state.status}'")
+        source.was_running = state.running
+        if not (await queries.query_migrate(client)).has_ended:
+            raise GuestError(f"{source.name} is migrating already")
+        known = await queries.query_capabilities(client)
+        wanted = dict.fromkeys(CAPABILITIES_ON, True)
+        wanted |= {name: False for name in CAPABILITIES_OFF if known.get(name)}
+        parameters = {
+            "max-bandwidth": UNLIMITED_BYTES_PER_S,
+            "downtime-limit": max(1, downtime_limit_ms),
+        }
+        async with changed_settings(client, wanted, parameters):
+            with client.listen("STOP", "RESUME", "SHUTDOWN") as events:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(source.watch, events)
+                    yield source
+                    nursery.cancel_scope.cancel()

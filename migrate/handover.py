@@ -1,0 +1,347 @@
+"""The handover: at most one side runs the guest, at every instant.
+
+Theory of operation. The guest is stopped at the source and everything but the end of its stream
+is at the destination. What follows is the same for every guest; three kinds differ in who commits:
+
+``held``      both sides are ours. The destination loads completely and stays paused (READY); then
+              the source lets go; then COMMIT; then the destination says ``cont``.
+``withheld``  the destination starts by itself when its stream is complete, so its last bytes are
+              withheld: the source lets go first, COMMIT next, the last bytes after that.
+``relayed``   somebody else owns both monitors and commits: the end of the stream and the
+              destination's SHUT are passed on as they come, once the RAM is verified.
+
+Who runs the guest if everything dies here:
+
+====================================  =============  =================================
+after                                 guest          who may run it
+====================================  =============  =================================
+END_OF_STATE sent                     paused, src    source (it resumes by itself)
+VERIFIED                              paused, src    source (it resumes by itself)
+READY (held)                          paused, src    source (it resumes by itself)
+``let_go``                            paused, src    source, by ``cont``
+COMMIT_SENT recorded                  paused         nobody knows before RUNNING is seen
+COMMITTED recorded (destination)      destination    destination, by ``cont``
+RUNNING                               destination    destination
+====================================  =============  =================================
+
+COMMIT_SENT is the point of no return: before it every failure leaves the guest to the source, after
+it the source never resumes unless the destination says that its copy is dead.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import trio
+
+from migrate.errors import (
+    GuestError,
+    GuestOn,
+    IntegrityError,
+    MigrationError,
+    PeerLostError,
+    PeerProtocolError,
+    PeerRefusedError,
+    SwitchoverUnknownError,
+)
+from migrate.guests.base import DestinationGuest, SourceGuest
+from migrate.inbound import Inbound
+from migrate.outbound import Outbound
+from migrate.state_file import ABORTED, COMMIT_SENT, COMMITTED, RUNNING, StateFile
+from migrate.transport.link import Link
+from proto.link import messages
+from proto.link.messages import CommitKind, Message
+
+RUNNING_S = 90.0
+"""From COMMIT to RUNNING: ``cont`` activates disks, which may wait for slow storage."""
+
+VERIFY_S = 60.0
+"""From END_OF_STATE to VERIFIED and READY: the destination QEMU loads the last pages and devices."""
+
+BISECT_RANGES = 16
+"""Into how many ranges a differing range is cut per question."""
+
+M = TypeVar("M")
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Monotonic times of the handover, None for what did not happen."""
+
+    verified_ns: int | None = None
+    ready_ns: int | None = None
+    let_go_ns: int | None = None
+    running_ns: int | None = None
+
+
+@dataclass(slots=True)
+class SourceHandover:
+    """What the source's side of one handover needs, and what it has reached.
+
+    Attributes:
+        commit_sent: The point of no return was passed.
+        running: The destination said that the guest goes on there.
+        destination_digest: What the destination said of its RAM.
+        shut_relayed: The owner of both monitors has been told to commit (``relayed``).
+    """
+
+    guest: SourceGuest
+    link: Link
+    control: trio.MemoryReceiveChannel[Message]
+    outbound: Outbound
+    kind: CommitKind
+    state_file: StateFile
+    hold: Callable[[], Awaitable[None]] | None = None
+    times: Timeline = field(default_factory=Timeline)
+    commit_sent: bool = False
+    running: messages.Running | None = None
+    destination_digest: bytes | None = None
+    shut_relayed: bool = False
+    _shut: trio.Event = field(default_factory=trio.Event)
+
+    async def hand_over(self) -> None:
+        """Make the destination the guest's place; returns when it is (``relayed``: handed over).
+
+        Raises:
+            IntegrityError: The digests differ; the guest is the source's.
+            SwitchoverUnknownError: COMMIT was sent and no RUNNING came.
+            MigrationError: Anything else, before the point of no return.
+        """
+        with trio.fail_after(VERIFY_S):
+            await self._verified()  # paused at the source; dies: the source resumes
+            if self.kind is CommitKind.HELD:
+                await self._expect(messages.Ready)  # loaded and paused; dies: the source resumes
+                self.times.ready_ns = time.monotonic_ns()
+        if self.kind is CommitKind.RELAYED:
+            await self._relayed()
+            return
+        await self.guest.let_go()  # nobody runs; dies: ``cont`` at the source
+        self.times.let_go_ns = time.monotonic_ns()
+        await self.link.try_send(messages.SourceDone())
+        if self.hold is not None:
+            await self.hold()  # nobody runs; dies: ``cont`` at the source
+        await self._commit()
+
+    async def _verified(self) -> None:
+        answer: messages.Verified | messages.Mismatch
+        answer = await self._expect(messages.Verified, messages.Mismatch)
+        self.times.verified_ns = time.monotonic_ns()
+        self.destination_digest = answer.ram_digest
+        if isinstance(answer, messages.Mismatch):
+            where = await self._bisect(answer)
+            raise IntegrityError(
+                f"the RAM that arrived is not the RAM that left: {where}; nothing was handed over"
+            )
+        classifier = self.outbound.state.classifier
+        if classifier is not None and answer.ram_digest != classifier.table.digest():
+            raise IntegrityError("the destination verified another RAM than the source sent")
+
+    async def _bisect(self, mismatch: messages.Mismatch) -> str:
+        """Name the first page that differs."""
+        classifier = self.outbound.state.classifier
+        if classifier is None or mismatch.ram_digest == classifier.table.digest():
+            return "the device state differs"
+        ranges = [
+            (block, 0, info.page_count) for block, info in enumerate(self.outbound.state.blocks)
+        ]
+        while True:
+            query = tuple(
+                messages.DigestRange(b, p, n, classifier.table.range_digest(b, p, n))
+                for b, p, n in ranges
+            )
+            await self.link.send(messages.DigestQuery(query))
+            reply = await self._expect(messages.DigestReply)
+            if not reply.differing:
+                return "the page tables differ in a place that cannot be found"
+            block, first, count = ranges[reply.differing[0]]
+            if count == 1:
+                name = self.outbound.state.blocks[block].idstr
+                more = len(reply.differing) - 1
+                return f"page {first} of block {name}" + (f" and {more} near it" if more else "")
+            step = max(1, -(-count // BISECT_RANGES))
+            ranges = [
+                (block, at, min(step, first + count - at))
+                for at in range(first, first + count, step)
+            ]
+
+    async def _commit(self) -> None:
+        """The point of no return. Nobody runs before and after the record is written."""
+        with trio.CancelScope(shield=True), trio.move_on_after(RUNNING_S):
+            self.state_file.write(
+                COMMIT_SENT, peer=self.link.peer, guest=self.guest.name
+            )  # dies before the rename: the source may ``cont``; after it: unknown
+            self.commit_sent = True
+            try:
+                await self.link.send(messages.Commit())  # dies: unknown
+                self.running = await self._expect(messages.Running)  # dies: unknown
+            except PeerRefusedError as error:
+                if error.guest_on is not GuestOn.NEITHER:
+                    raise SwitchoverUnknownError(self._unknown(str(error))) from error
+                self.commit_sent = False  # the destination's copy is dead, as it says itself
+                raise
+            except PeerLostError as error:
+                raise SwitchoverUnknownError(self._unknown(str(error))) from error
+            self.times.running_ns = time.monotonic_ns()
+            self.state_file.write(RUNNING, peer=self.link.peer, guest=self.guest.name)
+            return
+        raise SwitchoverUnknownError(self._unknown(f"no answer within {RUNNING_S:.0f} s"))
+
+    def _unknown(self, cause: str) -> str:
+        return (
+            f"COMMIT was sent and no RUNNING came back ({cause}). The guest is paused at the "
+            "source and may run at the destination: ask the destination QEMU ('info status') "
+            "before anything is started; never 'cont' the source while that is unknown. "
+            f"Recorded in {self.state_file.path}"
+        )
+
+    def take_relayed_shut(self) -> None:
+        """Note that the destination's SHUT went to the source."""
+        self.shut_relayed = True
+        self._shut.set()
+
+    async def _relayed(self) -> None:
+        """Wait until SHUT went to the source: from then on it is in its owner's hands."""
+        await self._shut.wait()
+
+    async def _expect(self, *types: type[M]) -> M:
+        while True:
+            try:
+                message = await self.control.receive()
+            except trio.EndOfChannel:
+                raise PeerLostError(f"lost the connection to {self.link.peer}") from None
+            if isinstance(message, types):
+                return message
+
+
+@dataclass(slots=True)
+class DestinationHandover:
+    """What the destination's side of one handover needs, and what it has reached.
+
+    Attributes:
+        committed: The guest is ours, recorded.
+        run_state: The guest's run state once it is complete here.
+        load_ns: Time to load device state and end.
+    """
+
+    guest: DestinationGuest
+    link: Link
+    control: trio.MemoryReceiveChannel[Message]
+    inbound: Inbound
+    kind: CommitKind
+    state_file: StateFile
+    times: Timeline = field(default_factory=Timeline)
+    committed: bool = False
+    run_state: str | None = None
+    load_ns: int = 0
+
+    async def hand_over(self) -> None:
+        """Take the guest over; returns when it is here as it was at the source.
+
+        Raises:
+            IntegrityError: The digests differ.
+            MigrationError: Anything else; ``committed`` says whose the guest is.
+        """
+        state = self.inbound.state
+        assert state.end is not None
+        await self._verify(state.end)
+        started_ns = time.monotonic_ns()
+        if self.kind is not CommitKind.HELD:
+            await self.guest.load_devices(state.device_state)
+        await self._say_verified()
+        if self.kind is CommitKind.RELAYED:
+            await self.guest.load_end()
+            self.run_state = state.end.run_state
+            return
+        if self.kind is CommitKind.HELD:
+            await self.guest.load_devices(state.device_state)
+            await self.guest.load_end()  # loaded and paused; the source may still resume
+            self.load_ns = time.monotonic_ns() - started_ns
+            await self.link.send(messages.Ready())
+            self.times.ready_ns = time.monotonic_ns()
+        await self._expect_commit()
+        await self._take_over(state.end.run_state or "running")
+
+    async def _verify(self, end: messages.EndOfState) -> None:
+        """Compare digests; on a mismatch help the source to find the page, then refuse."""
+        applier = self.inbound.state.applier
+        ram_digest = applier.table.digest() if applier else bytes(16)
+        page_count = applier.table.page_count if applier else 0
+        opaque_digest = self.inbound.opaque_digest
+        mine = (ram_digest, opaque_digest, page_count)
+        if mine == (end.ram_digest, end.opaque_digest, end.page_count):
+            return
+        await self.link.send(messages.Mismatch(*mine))
+        with trio.move_on_after(VERIFY_S):
+            while applier is not None:
+                query = await self._expect(messages.DigestQuery)
+                self._check_ranges(query)
+                differing = tuple(
+                    i
+                    for i, r in enumerate(query.ranges)
+                    if applier.table.range_digest(r.block, r.first_page, r.page_count)
+                    != r.digest
+                )
+                await self.link.send(messages.DigestReply(differing))
+        raise IntegrityError("the RAM that arrived is not the RAM that left")
+
+    def _check_ranges(self, query: messages.DigestQuery) -> None:
+        blocks = self.inbound.state.blocks
+        assert blocks is not None
+        counts = [block.page_count for block in blocks.blocks]
+        for item in query.ranges:
+            inside = item.block < len(counts)
+            if not inside or item.first_page + item.page_count > counts[item.block]:
+                raise PeerProtocolError(f"{self.link.peer} asks for pages that do not exist")
+
+    async def _say_verified(self) -> None:
+        applier = self.inbound.state.applier
+        digest = applier.table.digest() if applier else bytes(16)
+        count = applier.table.page_count if applier else 0
+        await self.link.send(messages.Verified(digest, count))
+        self.times.verified_ns = time.monotonic_ns()
+
+    async def _expect_commit(self) -> None:
+        while True:
+            message = await self._expect(messages.Commit, messages.SourceDone)
+            if isinstance(message, messages.Commit):
+                return
+
+    async def _take_over(self, run_state: str) -> None:
+        """COMMITTED, then run. From the record on the guest is ours, whatever the link does."""
+        with trio.CancelScope(shield=True):
+            started_ns = time.monotonic_ns()
+            self.state_file.write(COMMITTED, peer=self.link.peer, guest=self.guest.name)
+            self.committed = True
+            try:
+                if self.kind is CommitKind.WITHHELD:
+                    await self.guest.load_end()
+                self.run_state = await self.guest.run(run_state)
+            except (MigrationError, trio.TooSlowError) as error:
+                await self._give_back(error)
+                raise
+            self.times.running_ns = time.monotonic_ns()
+            resume_ns = self.times.running_ns - started_ns
+            await self.link.try_send(messages.Running(self.run_state, self.load_ns, resume_ns))
+
+    async def _give_back(self, error: Exception) -> None:
+        """The guest cannot run here: make sure it never will, then say so."""
+        try:
+            done = await self.guest.discard()
+        except GuestError as undead:
+            message = f"{error}; {undead}"
+            await self.link.try_send(messages.Abort("run-failed", message, "unknown"))
+            return
+        self.committed = False
+        self.state_file.write(ABORTED, peer=self.link.peer, guest=self.guest.name)
+        message = f"the guest could not run at the destination: {error}; {done}"
+        await self.link.try_send(messages.Abort("run-failed", message, "neither"))
+
+    async def _expect(self, *types: type[M]) -> M:
+        while True:
+            try:
+                message = await self.control.receive()
+            except trio.EndOfChannel:
+                raise PeerLostError(f"lost the connection to {self.link.peer}") from None
+            if isinstance(message, types):
+                return message

@@ -1,0 +1,182 @@
+"""The introduction: HELLO, comparison of both machines, WELCOME or REFUSED."""
+
+import secrets
+from dataclasses import dataclass
+
+import trio
+
+from migrate.errors import (
+    MachineMismatchError,
+    MigrationError,
+    PeerLostError,
+    PeerProtocolError,
+    PeerRefusedError,
+)
+from migrate.guests.base import DestinationGuest, Facts, SourceGuest
+from migrate.qemu.machine_facts import MachineFacts
+from migrate.qemu.preflight import Difference, Severity, compare
+from migrate.transport.link import Link
+from proto.errors import MessageError
+from proto.guest_events import PAGE_SIZE
+from proto.link import messages
+from proto.link.messages import CommitKind, Hello, Welcome
+
+ANSWER_S = 60.0
+"""From HELLO to WELCOME: the destination asks its QEMU about the machine."""
+
+REFUSALS = {MachineMismatchError.code: MachineMismatchError}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What both sides go on with.
+
+    Attributes:
+        migration_id: 16 bytes that name the migration.
+        kind: Who commits.
+        seed: Digest seed.
+        slot_count: Page cache slots.
+        warnings: What a person should know.
+        not_checked: What the comparison could not look at.
+    """
+
+    migration_id: bytes
+    kind: CommitKind
+    seed: int
+    slot_count: int
+    warnings: tuple[str, ...]
+    not_checked: tuple[str, ...]
+
+
+async def introduce(
+    link: Link, guest: SourceGuest, facts: Facts, *, cache_bytes: int, relay: bool
+) -> Agreement:
+    """Source: say what we are and want, hear what the destination makes of it.
+
+    Raises:
+        PeerRefusedError: The destination does not take the migration.
+        MachineMismatchError: The machines differ.
+        PeerLostError: The link broke, or no answer came.
+    """
+    hello = Hello(
+        migration_id=secrets.token_bytes(16),
+        token=b"",
+        digest_seed=secrets.randbits(64),
+        cache_slots=cache_bytes // PAGE_SIZE,
+        facts=facts.machine,
+        facts_missing=facts.missing,
+        commit="relay" if relay else "auto",
+        return_path=guest.return_path,
+        paused_at_start=guest.was_running is False,
+    )
+    await link.send(hello)
+    welcome: Welcome | None = None
+    with trio.move_on_after(ANSWER_S):
+        welcome = await _answer(link)
+    if welcome is None:
+        raise PeerLostError(f"{link.peer} did not answer HELLO within {ANSWER_S:.0f} s")
+    return Agreement(
+        migration_id=hello.migration_id,
+        kind=CommitKind(welcome.commit),
+        seed=hello.digest_seed,
+        slot_count=welcome.cache_slots,
+        warnings=tuple(welcome.warnings),
+        not_checked=_not_checked(facts.missing, welcome.facts_missing),
+    )
+
+
+async def _answer(link: Link) -> Welcome:
+    while True:
+        message = await link.receive()
+        match message:
+            case Welcome():
+                return message
+            case messages.Refused(code, text):
+                raise REFUSALS.get(code, PeerRefusedError)(text)
+            case messages.Abort(_, text, _):
+                raise PeerRefusedError(text)
+            case None:
+                raise PeerLostError(f"{link.peer} closed the connection")
+            case _:
+                continue
+
+
+async def answer_hello(
+    link: Link, hello: Hello, guest: DestinationGuest, *, cache_max_bytes: int
+) -> Agreement:
+    """Destination: compare the machines and say WELCOME.
+
+    Raises:
+        MachineMismatchError: They differ in a way that damages the guest; REFUSED was sent.
+        MigrationError: The guest's facts cannot be had; REFUSED was sent.
+    """
+    try:
+        facts = await guest.facts()
+        differences = compare_machines(hello, facts)
+        errors = [d.text for d in differences if d.severity is Severity.ERROR]
+        if errors:
+            raise MachineMismatchError(
+                "the two machines differ: " + "; ".join(errors) + ". The guest stays where it is"
+            )
+    except MigrationError as error:
+        await link.try_send(messages.Refused(error.code, str(error)))
+        raise
+    kind = commit_kind(
+        relay=hello.commit == "relay",
+        commanded=guest.commanded,
+        return_path=hello.return_path,
+    )
+    warnings = tuple(d.text for d in differences if d.severity is not Severity.ERROR)
+    slot_count = min(hello.cache_slots, cache_max_bytes // PAGE_SIZE)
+    await link.send(
+        Welcome(
+            commit=kind.value,
+            cache_slots=slot_count,
+            facts=facts.machine,
+            facts_missing=facts.missing,
+            warnings=warnings,
+        )
+    )
+    return Agreement(
+        migration_id=hello.migration_id,
+        kind=kind,
+        seed=hello.digest_seed,
+        slot_count=slot_count,
+        warnings=warnings,
+        not_checked=_not_checked(hello.facts_missing, facts.missing),
+    )
+
+
+def commit_kind(*, relay: bool, commanded: bool, return_path: bool) -> CommitKind:
+    """Who commits (design, section 5).
+
+    Args:
+        relay: The user said that the owner of both monitors commits.
+        commanded: The destination guest runs when we say so.
+        return_path: The source guest stays held until we let it go.
+    """
+    if relay:
+        return CommitKind.RELAYED
+    return CommitKind.HELD if commanded and return_path else CommitKind.WITHHELD
+
+
+def compare_machines(hello: Hello, destination: Facts) -> list[Difference]:
+    """Compare both machines; nothing where one side cannot be asked.
+
+    Raises:
+        PeerProtocolError: The peer's facts are none.
+    """
+    if hello.facts is None or destination.machine is None:
+        return []
+    try:
+        source = MachineFacts.from_dict(hello.facts)
+    except MessageError as error:
+        raise PeerProtocolError(f"the source's machine facts: {error}") from error
+    return compare(source, MachineFacts.from_dict(destination.machine))
+
+
+def _not_checked(source_missing: str, destination_missing: str) -> tuple[str, ...]:
+    missing = [text for text in (source_missing, destination_missing) if text]
+    if not missing:
+        return ()
+    return (f"the machines were not compared: {'; '.join(missing)}",)

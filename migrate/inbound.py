@@ -1,0 +1,236 @@
+"""Destination: the way of a page from the link to the guest.
+
+    receive -> decode and digest (one thread, in sequence) -> load -> acknowledge what is consumed
+
+The link is always read, so that keep-alives never wait behind a busy QEMU; the source's window
+bounds what piles up here, and a source that ignores it is cut off.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import trio
+import xxhash
+
+from migrate.backlog import Backlog
+from migrate.errors import PeerProtocolError
+from migrate.guests.base import DestinationGuest
+from migrate.pages.apply import PageApplier
+from migrate.report.ledger import Ledger
+from migrate.transport.link import Link
+from proto.codecs import decode
+from proto.errors import CodecError
+from proto.guest_events import (
+    PAGE_SIZE,
+    GuestEvent,
+    Opaque,
+    OpaqueKind,
+    RamBlocks,
+    Switchover,
+)
+from proto.link import messages
+from proto.link.messages import Message
+from proto.link.pages import PageBatch, bytes_by_class
+
+MAX_QUEUED_BYTES = 192 * 2**20
+"""The source's window never lets more than 64 MiB be under way; three times that is no accident."""
+
+MARK_BYTES = 1 << 20
+"""The guest is asked what it has loaded about once per batch of this size."""
+
+
+@dataclass(slots=True)
+class InboundState:
+    """What the handover and the progress display look at.
+
+    Attributes:
+        blocks: The guest's RAM blocks, None before they are announced.
+        applier: Decoder and digests; None before the RAM blocks.
+        return_path: The source's guest has a return path.
+        run_state: The guest's run state at its stop.
+        end: The source's END_OF_STATE.
+        device_state: The tail of the stream, complete once ``end`` is set.
+        opaque_rest: Why the rest of the stream is not understood, empty if it is.
+        loaded_seq: Highest frame written to the guest.
+        round_no: The round that arrives.
+    """
+
+    blocks: RamBlocks | None = None
+    applier: PageApplier | None = None
+    end: messages.EndOfState | None = None
+    device_state: bytes = b""
+    opaque_rest: str = ""
+    loaded_seq: int = 0
+    round_no: int = 0
+    stopped: bool = False
+
+
+class Inbound:
+    """Runs the destination's pipeline until END_OF_STATE was loaded up to."""
+
+    def __init__(
+        self,
+        guest: DestinationGuest,
+        link: Link,
+        *,
+        seed: int,
+        slot_count: int,
+        ledger: Ledger,
+    ) -> None:
+        self._guest = guest
+        self._link = link
+        self._seed = seed
+        self._slot_count = slot_count
+        self._ledger = ledger
+        self._queue: Backlog[tuple[int, Message]] = Backlog(MAX_QUEUED_BYTES)
+        self._device_state: list[bytes] = []
+        self._opaque_hash = xxhash.xxh3_128(seed=seed)
+        self._decoding = trio.CapacityLimiter(1)
+        self._unmarked_bytes = 0
+        self._answers = trio.Event()
+        self._flowing = trio.Event()
+        self.state = InboundState()
+
+    @property
+    def opaque_digest(self) -> bytes:
+        """Digest over everything that is not pages, as it arrived."""
+        return self._opaque_hash.digest()
+
+    def take(self, message: Message) -> None:
+        """Queue a numbered message that the link has just received.
+
+        Raises:
+            PeerProtocolError: The source sends far beyond its window.
+        """
+        self._flowing.set()
+        size = len(message.encoded) if isinstance(message, PageBatch) else PAGE_SIZE
+        if self._queue.bytes_waiting + size > MAX_QUEUED_BYTES:
+            raise PeerProtocolError(f"{self._link.peer} ignores the window it was given")
+        if isinstance(message, messages.OpaqueData):
+            self._ledger.add_bytes("opaque", len(message.encoded))
+        elif isinstance(message, messages.DeviceStateData):
+            self._ledger.add_bytes("device_state", len(message.encoded))
+        self._queue.put_nowait((self._link.connection.sequence.received_seq, message), size)
+
+    async def wait_flowing(self) -> None:
+        """Wait until the source's guest begins to flow."""
+        await self._flowing.wait()
+
+    async def run(self) -> None:
+        """Load everything up to END_OF_STATE; returns when the guest has taken all RAM.
+
+        Raises:
+            GuestError: The guest stopped loading.
+            PeerProtocolError: A batch does not decode.
+        """
+        self._ledger.start_round(0, 0)
+        to_load, decoded = trio.open_memory_channel[tuple[int, list[GuestEvent], int]](1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._acknowledge)
+            nursery.start_soon(self._decode_all, to_load)
+            await self._load_all(decoded)
+
+    async def _decode_all(
+        self, out: trio.MemorySendChannel[tuple[int, list[GuestEvent], int]]
+    ) -> None:
+        async with out:
+            while self.state.end is None:
+                seq, message = await self._queue.get()
+                try:
+                    events = await self._decode(message)
+                except CodecError as error:
+                    raise PeerProtocolError(f"frame {seq} does not decode: {error}") from error
+                raw_bytes = len(message.encoded) if isinstance(message, PageBatch) else 0
+                await out.send((seq, events, raw_bytes))
+
+    async def _decode(self, message: Message) -> list[GuestEvent]:
+        match message:
+            case PageBatch():
+                return await self._decode_pages(message)
+            case messages.RamBlockTable(blocks, start):
+                self._opaque_hash.update(start)
+                return [self._take_blocks(RamBlocks(blocks, bytes(start)))]
+            case messages.OpaqueData(kind, encoded, raw_len, codec_id, reason):
+                data = bytes(decode(codec_id, encoded, raw_len))
+                self._opaque_hash.update(data)
+                if kind in (OpaqueKind.REST, OpaqueKind.REST_IN_RAM):
+                    self.state.opaque_rest = self.state.opaque_rest or reason
+                return [Opaque(kind, data, reason)]
+            case messages.Switchover(prelude):
+                self._opaque_hash.update(prelude)
+                self.state.stopped = True
+                return [Switchover(bytes(prelude))]
+            case messages.DeviceStateData(encoded, raw_len, codec_id):
+                data = bytes(decode(codec_id, encoded, raw_len))
+                self._opaque_hash.update(data)
+                self._device_state.append(data)
+            case messages.RoundEnd(round_no):
+                self.state.round_no = round_no + 1
+                self._ledger.start_round(len(self._ledger.rounds), 0)
+            case messages.EndOfState():
+                self.state.device_state = b"".join(self._device_state)
+                self.state.end = message
+        return []
+
+    async def _decode_pages(self, batch: PageBatch) -> list[GuestEvent]:
+        applier = self.state.applier
+        assert applier is not None, "the link protocol allows no page before the block list"
+        applied = await trio.to_thread.run_sync(applier.apply, batch, limiter=self._decoding)
+        pages = {
+            "zero": len(batch.zero_pages),
+            "same": batch.same_count,
+            "ref": len(batch.ref_pages),
+            "literal": len(batch.literal_pages),
+        }
+        self._ledger.add_pages(len(self._ledger.rounds) - 1, pages, bytes_by_class(batch))
+        return [event for event in (applied.zeros, applied.pages) if event is not None]
+
+    def _take_blocks(self, blocks: RamBlocks) -> RamBlocks:
+        self.state.blocks = blocks
+        self.state.applier = PageApplier(
+            blocks.blocks,
+            seed=self._seed,
+            slot_count=self._slot_count,
+            allocate=self._guest.allocate,
+            fresh_blocks=self._guest.fresh_blocks(blocks),
+        )
+        return blocks
+
+    async def _load_all(
+        self, decoded: trio.MemoryReceiveChannel[tuple[int, list[GuestEvent], int]]
+    ) -> None:
+        async with decoded:
+            async for seq, events, size in decoded:
+                await self._guest.load(events)
+                self.state.loaded_seq = seq
+                if any(_opens_return_path(event) for event in events):
+                    self._answers.set()
+                await self._mark(seq, events, size)
+        await self._guest.mark(self.state.loaded_seq)
+
+    async def _mark(self, seq: int, events: Iterable[GuestEvent], size: int) -> None:
+        """Ask for a confirmation where a megabyte went out, or the source may be waiting for it.
+
+        No mark can be set before the return path is open.
+        """
+        self._unmarked_bytes += size
+        if not self._answers.is_set() or not events:
+            return
+        if self._unmarked_bytes >= MARK_BYTES // 4 or self._queue.is_empty:
+            self._unmarked_bytes = 0
+            await self._guest.mark(seq)
+
+    async def _acknowledge(self) -> None:
+        """Tell the source what the guest has consumed, as it says so, up to END_OF_STATE."""
+        consumed = 0
+        await self._answers.wait()
+        while self.state.end is None or consumed < self.state.loaded_seq:
+            consumed = await self._guest.wait_consumed(consumed)
+            received = self._link.connection.sequence.received_seq
+            await self._link.send(messages.Ack(received, consumed))
+
+
+def _opens_return_path(event: GuestEvent) -> bool:
+    """Whether the guest can be asked what it has loaded, from this event on."""
+    rest = (OpaqueKind.REST, OpaqueKind.REST_IN_RAM)
+    return isinstance(event, RamBlocks) or (isinstance(event, Opaque) and event.kind in rest)

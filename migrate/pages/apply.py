@@ -1,0 +1,113 @@
+"""Destination: a decoded batch becomes page content in memory that the guest's writer owns.
+
+Digests are taken from exactly the buffer that goes to the guest, after decoding, so that a fault
+anywhere before it shows in the comparison of the tables.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migrate.pages.digests import DigestTable, digest_pages, zero_digest
+from migrate.pages.page_cache import SlotStore
+from proto.codecs import decode_into
+from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
+from proto.link.pages import PageBatch
+
+AllocatePages = Callable[[int], NDArray[np.uint8]]
+"""Gives memory for n pages, shape (n, 4096), in which the guest's writer can use them in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedBatch:
+    """What the guest must be given for one batch.
+
+    Attributes:
+        zeros: Pages to be zeroed, or None.
+        pages: Pages with content, or None.
+    """
+
+    zeros: ZeroRun | None
+    pages: PageRun | None
+
+
+class PageApplier:
+    """Decodes batches in sequence; keeps the page cache and the destination's digests."""
+
+    def __init__(
+        self,
+        blocks: Sequence[RamBlock],
+        *,
+        seed: int,
+        slot_count: int,
+        allocate: AllocatePages,
+        fresh_blocks: frozenset[int] = frozenset(),
+    ) -> None:
+        """Create the destination's half.
+
+        Args:
+            blocks: The guest's RAM blocks.
+            seed: Digest seed of this migration.
+            slot_count: Size of the page cache in pages.
+            allocate: Memory for pages that go to the guest.
+            fresh_blocks: Blocks that are known to be all zero as long as we wrote nothing there;
+                zero pages of theirs that never travelled need not be written.
+        """
+        self._seed = seed
+        self._zero = zero_digest(seed)
+        self.table = DigestTable(blocks, seed)
+        self._slots = SlotStore(slot_count)
+        self._allocate = allocate
+        self._fresh_blocks = fresh_blocks
+
+    def apply(self, batch: PageBatch) -> AppliedBatch:
+        """Decode one batch and account for it.
+
+        Raises:
+            CodecError: The literals do not decode to their announced length.
+        """
+        return AppliedBatch(self._apply_zeros(batch), self._apply_content(batch))
+
+    def _apply_zeros(self, batch: PageBatch) -> ZeroRun | None:
+        pages = batch.zero_pages
+        if len(pages) == 0:
+            return None
+        written = pages
+        if batch.block in self._fresh_blocks:
+            touched = self.table.get(batch.block, pages).any(axis=1)
+            written = pages[touched]
+        self.table.put(batch.block, pages, self._zero)
+        return ZeroRun(batch.block, written) if len(written) else None
+
+    def _apply_content(self, batch: PageBatch) -> PageRun | None:
+        ref_count, literal_count = len(batch.ref_pages), len(batch.literal_pages)
+        if ref_count + literal_count == 0:
+            return None
+        data = self._allocate(ref_count + literal_count)
+        if ref_count:
+            self._slots.read_into(batch.ref_slots, data[:ref_count])
+        if literal_count:
+            literals = decode_into_rows(batch, data[ref_count:])
+            self._slots.write(batch.literal_slots, literals)
+        pages = (
+            np.concatenate([batch.ref_pages, batch.literal_pages])
+            if ref_count
+            else batch.literal_pages
+        )
+        self.table.put(batch.block, pages, digest_pages(data, self._seed))
+        return PageRun(batch.block, pages, data)
+
+
+def decode_into_rows(batch: PageBatch, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Decode the batch's literals into ``rows``, shape (n, 4096), and return them.
+
+    Raises:
+        CodecError: The data does not decode to exactly n pages.
+    """
+    assert not isinstance(batch.encoded, tuple), "received batches have one payload"
+    raw = np.empty(len(rows) * PAGE_SIZE, np.uint8)
+    decode_into(batch.codec_id, batch.encoded, raw.data)
+    rows[:] = raw.reshape(-1, PAGE_SIZE)
+    return rows

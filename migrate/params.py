@@ -1,0 +1,354 @@
+"""What one run of ``migrate-src`` or ``migrate-dst`` was asked to do: frozen and checked.
+
+Owns the meaning and the limits of every option; knows nothing of argparse, which is one way to
+build these (``migrate.cli.options``). Tests and experiments build them directly.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from migrate.errors import ParamsError
+from migrate.units import GIB, KIB, MIB, size_text
+from proto.guest_events import PAGE_SIZE
+
+MAX_CACHE_BYTES: Final = 64 * GIB
+"""Slot numbers are 32-bit; and a cache larger than this is a typing mistake."""
+
+MIN_BANDWIDTH_BPS: Final = 12_500
+"""100 kbit/s: below it not even the guest's idle dirtying can be sent."""
+
+MAX_DOWNTIME_LIMIT_MS: Final = 2_000_000
+"""QEMU refuses a ``downtime-limit`` above 2000 seconds."""
+
+MAX_UNIX_PATH_BYTES: Final = 107
+"""``sun_path`` holds 108 bytes with the closing zero on Linux."""
+
+MAX_ZSTD_LEVEL: Final = 19
+"""Levels 20-22 want hundreds of MiB per encoder and are never faster than the link."""
+
+CompressMode = Literal["auto", "none", "lz4", "zstd"]
+CommitMode = Literal["auto", "relay"]
+AfterMode = Literal["keep", "quit"]
+
+_REFUSED_QEMU_OPTIONS: Final = {
+    "daemonize": "migrate-dst must stay the parent of the QEMU it starts",
+    "incoming": "migrate-dst adds '-incoming defer' itself",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAddress:
+    """A TCP endpoint.
+
+    Attributes:
+        host: Name or address, IPv6 without brackets; never empty.
+        port: 0 to 65535; 0 means "any free port" and only makes sense for listening.
+    """
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise ParamsError(f"expected HOST:PORT, got no host before port {self.port}")
+        if not 0 <= self.port <= 65535:
+            raise ParamsError(f"expected a port from 0 to 65535, got {self.port}")
+
+    @classmethod
+    def parse(cls, text: str) -> "LinkAddress":
+        """Read ``HOST:PORT`` or ``[IPV6]:PORT``.
+
+        Raises:
+            ParamsError: Anything else.
+        """
+        host, colon, port = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            raise ParamsError(f"expected [ADDRESS]:PORT for an IPv6 address, got '{text}'")
+        if not colon or not port.isascii() or not port.isdecimal() or len(port) > 5:
+            raise ParamsError(f"expected HOST:PORT, got '{text}'")
+        return cls(host, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A unix socket on this host; the path fits what the kernel allows."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        _check_socket_path(self.path, "socket")
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+SocketAddress = LinkAddress | UnixAddress
+"""Where a QEMU speaks its migration stream: ``tcp:HOST:PORT`` or ``unix:PATH``."""
+
+
+def parse_socket_address(text: str) -> SocketAddress:
+    """Read ``tcp:HOST:PORT`` or ``unix:PATH``, the forms QEMU's own ``migrate`` takes.
+
+    Raises:
+        ParamsError: Anything else.
+    """
+    scheme, _, rest = text.partition(":")
+    if scheme == "tcp":
+        return LinkAddress.parse(rest)
+    if scheme == "unix" and rest:
+        return UnixAddress(Path(rest))
+    raise ParamsError(f"expected tcp:HOST:PORT or unix:PATH, got '{text}'")
+
+
+@dataclass(frozen=True, slots=True)
+class Compress:
+    """How page content is compressed.
+
+    Attributes:
+        mode: ``auto`` measures link and encoders and moves between the others.
+        level: zstd's level, 1 to ``MAX_ZSTD_LEVEL``; ``None`` for every other mode.
+    """
+
+    mode: CompressMode = "auto"
+    level: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(CompressMode):
+            raise ParamsError(f"expected auto, none, lz4 or zstd[:LEVEL], got '{self.mode}'")
+        if self.level is not None and self.mode != "zstd":
+            raise ParamsError(f"only zstd takes a level, got '{self.mode}:{self.level}'")
+        if self.mode == "zstd" and not 1 <= (self.level or 0) <= MAX_ZSTD_LEVEL:
+            raise ParamsError(
+                f"expected a zstd level from 1 to {MAX_ZSTD_LEVEL}, got {self.level}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Compress":
+        """Read ``auto``, ``none``, ``lz4``, ``zstd`` (level 1) or ``zstd:LEVEL``.
+
+        Raises:
+            ParamsError: Anything else.
+        """
+        mode, colon, level = text.partition(":")
+        if colon and not (level.isascii() and level.isdecimal() and len(level) <= 2):
+            raise ParamsError(f"expected a number after 'zstd:', got '{text}'")
+        # The dataclass refuses what is not one of the modes.
+        number = int(level) if colon else (1 if mode == "zstd" else None)
+        return cls(mode, number)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return self.mode if self.level is None else f"{self.mode}:{self.level}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputParams:
+    """What a command tells the user, and where.
+
+    Attributes:
+        report_path: JSON report is written here at the end; also on failure.
+        html_path: The same as a self-contained page.
+        trace_path: One JSON object a line while it runs.
+        json: Print the JSON report on stdout instead of the summary.
+        quiet: No progress on stderr; warnings, errors and the last line stay.
+    """
+
+    report_path: Path | None = None
+    html_path: Path | None = None
+    trace_path: Path | None = None
+    json: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        paths = [p for p in (self.report_path, self.html_path, self.trace_path) if p]
+        if len({os.path.abspath(p) for p in paths}) != len(paths):  # noqa: PTH100 - no disk access
+            raise ParamsError("--report, --html and --trace must name different files")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceParams:
+    """One run of ``migrate-src``.
+
+    Attributes:
+        to: Where ``migrate-dst`` listens.
+        qmp: QMP socket of the source QEMU; exclusive with ``gateway``.
+        gateway: Where we listen for a QEMU that its owner tells to migrate.
+        gateway_owner: uid and gid of the unix gateway socket; ``None`` leaves them ours.
+        gateway_mode: Permission bits of the unix gateway socket.
+        downtime_limit_ms: How long the guest may stand still.
+        max_bandwidth_bps: Bytes per second on the link; ``None`` = as much as it takes.
+        streams: Parallel connections; only 1 in this version.
+        compress: Codec of page content.
+        cache_bytes: RAM for the page cache, on each side; 0 = none.
+        commit: ``relay`` leaves the handover to whoever owns both monitors.
+        hold_before_commit: Wait, both sides paused, for a key or SIGUSR1 before the commit.
+        after: What becomes of the source QEMU after a success.
+        state_dir: Where the handover is recorded; survives a crash of the host.
+        connect_timeout_s: Seconds until giving up on reaching ``to``.
+        output: Reports and progress.
+    """
+
+    to: LinkAddress
+    qmp: Path | None = None
+    gateway: SocketAddress | None = None
+    gateway_owner: tuple[int, int] | None = None
+    gateway_mode: int = 0o600
+    downtime_limit_ms: int = 300
+    max_bandwidth_bps: int | None = None
+    streams: int = 1
+    compress: Compress = Compress()
+    cache_bytes: int = 64 * MIB
+    commit: CommitMode = "auto"
+    hold_before_commit: bool = False
+    after: AfterMode = "keep"
+    state_dir: Path
+    connect_timeout_s: float = 30.0
+    output: OutputParams = OutputParams()
+
+    def __post_init__(self) -> None:
+        if (self.qmp is None) == (self.gateway is None):
+            raise ParamsError("expected exactly one of --qmp and --gateway")
+        if self.qmp is not None:
+            _check_socket_path(self.qmp, "--qmp")
+        if self.to.port == 0:
+            raise ParamsError(f"--to needs the port migrate-dst listens on, got {self.to}")
+        self._check_gateway()
+        self._check_limits()
+        _check_positive(self.connect_timeout_s, "--connect-timeout")
+
+    def _check_gateway(self) -> None:
+        unix_gateway = isinstance(self.gateway, UnixAddress)
+        if self.gateway_owner is not None and not unix_gateway:
+            raise ParamsError("--gateway-owner only works with --gateway unix:PATH")
+        if self.gateway_owner is not None and min(self.gateway_owner) < 0:
+            raise ParamsError(f"expected a uid and a gid, got {self.gateway_owner}")
+        if self.gateway_mode != 0o600 and not unix_gateway:
+            raise ParamsError("--gateway-mode only works with --gateway unix:PATH")
+        if not 0 <= self.gateway_mode <= 0o777:
+            raise ParamsError(f"expected a mode from 000 to 777, got {self.gateway_mode:o}")
+        if self.commit not in get_args(CommitMode):
+            raise ParamsError(f"expected --commit auto or relay, got '{self.commit}'")
+        if self.commit == "relay" and self.gateway is None:
+            raise ParamsError("--commit relay needs --gateway: with --qmp the engine commits")
+        if self.commit == "relay" and self.hold_before_commit:
+            raise ParamsError("--hold-before-commit does not work with --commit relay")
+        if self.after not in get_args(AfterMode):
+            raise ParamsError(f"expected --after keep or quit, got '{self.after}'")
+        if self.after == "quit" and self.gateway is not None:
+            raise ParamsError("--after quit needs --qmp: a gateway cannot end the source QEMU")
+
+    def _check_limits(self) -> None:
+        if not 1 <= self.downtime_limit_ms <= MAX_DOWNTIME_LIMIT_MS:
+            raise ParamsError(
+                f"expected --downtime-limit from 1ms to {MAX_DOWNTIME_LIMIT_MS // 1000}s, "
+                f"got {self.downtime_limit_ms}ms"
+            )
+        bandwidth = self.max_bandwidth_bps
+        if bandwidth is not None and bandwidth < MIN_BANDWIDTH_BPS:
+            raise ParamsError(
+                f"expected --max-bandwidth of at least 100kbit, got {bandwidth} B/s"
+            )
+        if self.streams != 1:
+            raise ParamsError(
+                f"this version has one connection: --streams 1, got {self.streams}"
+            )
+        _check_cache(self.cache_bytes, "--cache")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DestinationParams:
+    """One run of ``migrate-dst``.
+
+    Attributes:
+        listen: Where to wait for ``migrate-src``; port 0 takes any free one.
+        qemu_argv: Command of the QEMU to start; exclusive with ``qmp`` and ``incoming``.
+        qmp: QMP socket of a QEMU started with ``-incoming defer``.
+        incoming: Where a QEMU already waits with ``-incoming``.
+        cache_max_bytes: Largest page cache a source may ask for.
+        state_dir: Where the handover is recorded; survives a crash of the host.
+        run_dir: Where the sockets and logs of a QEMU that we start live; made with mode 0700.
+        hello_timeout_s: Seconds a connection may take to introduce itself.
+        output: Reports and progress.
+    """
+
+    listen: LinkAddress
+    qemu_argv: tuple[str, ...] | None = None
+    qmp: Path | None = None
+    incoming: SocketAddress | None = None
+    cache_max_bytes: int = 1 * GIB
+    state_dir: Path
+    run_dir: Path
+    hello_timeout_s: float = 10.0
+    output: OutputParams = OutputParams()
+
+    def __post_init__(self) -> None:
+        ways = (self.qemu_argv, self.qmp, self.incoming)
+        if sum(way is not None for way in ways) != 1:
+            raise ParamsError("expected exactly one of '-- QEMU COMMAND', --qmp and --incoming")
+        if self.qemu_argv is not None:
+            _check_qemu_argv(self.qemu_argv)
+        if self.qmp is not None:
+            _check_socket_path(self.qmp, "--qmp")
+        if isinstance(self.incoming, LinkAddress) and self.incoming.port == 0:
+            raise ParamsError(f"--incoming needs QEMU's port, got {self.incoming}")
+        _check_cache(self.cache_max_bytes, "--cache-max")
+        _check_positive(self.hello_timeout_s, "--hello-timeout")
+
+
+def default_state_dir(environ: Mapping[str, str], uid: int) -> Path:
+    """Where handovers are recorded: a directory that a reboot does not empty."""
+    if uid == 0:
+        return Path("/var/lib/precopy")
+    if environ.get("XDG_STATE_HOME"):
+        return Path(environ["XDG_STATE_HOME"]) / "precopy"
+    return Path(environ.get("HOME") or f"/tmp/precopy-{uid}") / ".local/state/precopy"
+
+
+def default_run_dir(environ: Mapping[str, str], uid: int) -> Path:
+    """Where sockets live: short enough for a unix socket path, private to the user."""
+    if uid == 0:
+        return Path("/run/precopy")
+    if environ.get("XDG_RUNTIME_DIR"):
+        return Path(environ["XDG_RUNTIME_DIR"]) / "precopy"
+    return Path(f"/tmp/precopy-{uid}")
+
+
+def _check_socket_path(path: Path, option: str) -> None:
+    length = len(os.fsencode(path))
+    if length > MAX_UNIX_PATH_BYTES:
+        raise ParamsError(
+            f"{option} path has {length} bytes, expected at most {MAX_UNIX_PATH_BYTES}: {path}"
+        )
+    if "\0" in str(path):
+        raise ParamsError(f"{option} path holds a zero byte")
+
+
+def _check_cache(n_bytes: int, option: str) -> None:
+    if n_bytes != 0 and not 16 * PAGE_SIZE <= n_bytes <= MAX_CACHE_BYTES:
+        raise ParamsError(
+            f"expected {option} 0 or from {16 * PAGE_SIZE // KIB}KiB to "
+            f"{size_text(MAX_CACHE_BYTES)}, got {size_text(n_bytes)}"
+        )
+
+
+def _check_positive(seconds: float, option: str) -> None:
+    if not seconds > 0:
+        raise ParamsError(f"expected {option} above zero, got {seconds}s")
+
+
+def _check_qemu_argv(argv: tuple[str, ...]) -> None:
+    if not argv or not argv[0]:
+        raise ParamsError("expected a QEMU command behind '--', got nothing")
+    for argument in argv[1:]:
+        # QEMU takes its options with one dash or two.
+        name = argument.removeprefix("-").removeprefix("-") if argument[:1] == "-" else ""
+        if name in _REFUSED_QEMU_OPTIONS:
+            reason = _REFUSED_QEMU_OPTIONS[name]
+            raise ParamsError(f"leave out '{argument}' from the QEMU command: {reason}")

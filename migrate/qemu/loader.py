@@ -1,0 +1,188 @@
+"""Feeds a destination QEMU: guest events -> stream, PINGs -> what it has loaded so far.
+
+The one place that knows when bytes may go to a QEMU that loads. The tail of the stream is never
+given away by accident: device state goes out in ``load_devices``, the end mark in ``load_end``, and
+of a stream that is not understood the last byte is always kept back.
+"""
+
+from collections.abc import Iterable
+
+import trio
+
+from migrate.errors import GuestOn, QemuStreamBrokenError
+from migrate.qemu.local_hop import OutgoingHop
+from proto.guest_events import (
+    GuestEvent,
+    Opaque,
+    OpaqueKind,
+    PageRun,
+    RamBlocks,
+    Switchover,
+    ZeroRun,
+)
+from proto.qemu.format import RP_PONG, RP_SHUT
+from proto.qemu.return_path import ReturnPathMessage
+from proto.qemu.stream_writer import PING_MASK, Buffer, StreamWriter, is_our_ping
+from proto.qemu.tail import end_mark_offset
+
+RELAY_MESSAGES = 1024
+"""Return path messages kept for the source; only postcopy page requests come in numbers."""
+
+
+class QemuLoader:
+    """One stream into one destination QEMU.
+
+    Attributes:
+        consumed: Highest mark that the QEMU has loaded everything before of.
+        shut_value: What the QEMU said with SHUT; None until then.
+    """
+
+    def __init__(self, hop: OutgoingHop) -> None:
+        self._hop = hop
+        self._writer = StreamWriter()
+        self._rest = False
+        self._held_byte = b""
+        self._prelude = b""
+        self._end = b""
+        self._changed = trio.Event()
+        self._closed = False
+        self._marked = 0
+        self.consumed = 0
+        self.shut_value: int | None = None
+        self._relay_in, self._relay_out = trio.open_memory_channel[bytes](RELAY_MESSAGES)
+
+    async def read_return_path(self) -> None:
+        """Read what the QEMU says until it closes the stream; run this as a task."""
+        try:
+            while messages := await self._hop.next_messages():
+                for message in messages:
+                    await self._take(message)
+                self._notify()
+        finally:
+            self._closed = True
+            self._notify()
+            self._relay_in.close()
+
+    async def _take(self, message: ReturnPathMessage) -> None:
+        ours = message.type == RP_PONG and message.value is not None
+        if ours and message.value is not None and is_our_ping(message.value):
+            # The wire carries 28 bits of the mark; marks in flight are far fewer.
+            step = (message.value - self.consumed) & PING_MASK
+            if self.consumed + step <= self._marked:
+                self.consumed += step
+            return
+        if message.type == RP_SHUT:
+            self.shut_value = message.value
+        await self._relay_in.send(message.raw)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def relayed(self) -> bytes:
+        """Next return path message that is meant for the source.
+
+        Raises:
+            trio.EndOfChannel: The QEMU closed its return path.
+        """
+        return await self._relay_out.receive()
+
+    async def load(self, events: Iterable[GuestEvent]) -> None:
+        """Write events; returns when the socket has taken them.
+
+        Raises:
+            QemuStreamBrokenError: The QEMU stopped loading.
+        """
+        for event in events:
+            await self._hop.send(self._buffers(event))
+
+    def _buffers(self, event: GuestEvent) -> list[Buffer]:
+        writer = self._writer
+        match event:
+            case PageRun(block, pages, data):
+                return writer.pages(block, pages, data)
+            case ZeroRun(block, pages):
+                return writer.zero_pages(block, pages)
+            case RamBlocks(blocks, start):
+                return [*writer.open_return_path(), *writer.ram_start(blocks, start)]
+            case Opaque(kind, data, _):
+                return self._opaque(kind, data)
+            case Switchover(prelude):
+                self._prelude = prelude
+        return []
+
+    def _opaque(self, kind: OpaqueKind, data: bytes) -> list[Buffer]:
+        writer = self._writer
+        if kind is OpaqueKind.OPEN_RETURN_PATH:
+            return writer.open_return_path()
+        if kind not in (OpaqueKind.REST, OpaqueKind.REST_IN_RAM):
+            return writer.verbatim(data)
+        buffers: list[Buffer] = []
+        if not self._rest:
+            buffers += writer.open_return_path()
+            if kind is OpaqueKind.REST_IN_RAM:
+                buffers += writer.rest_in_ram(b"")
+            else:
+                buffers += writer.close_section()
+            self._rest = True
+        if data:
+            buffers += [self._held_byte, memoryview(data)[:-1]]
+            self._held_byte = data[-1:]
+        return buffers
+
+    async def mark(self, number: int) -> None:
+        """Ask to be told when everything before was loaded: ``consumed`` then reaches ``number``."""
+        self._marked = number
+        if self._rest:  # no section boundary is known: what the socket took must do
+            self.consumed = number
+            self._notify()
+        else:
+            await self._hop.send(self._writer.ping(number))
+
+    async def wait_consumed(self, number: int) -> int:
+        """Wait until ``consumed`` > ``number``; returns it.
+
+        Raises:
+            QemuStreamBrokenError: The QEMU closed the stream before.
+        """
+        while self.consumed <= number:
+            if self._closed:
+                raise QemuStreamBrokenError("the destination QEMU stopped loading")
+            await self._changed.wait()
+        return self.consumed
+
+    async def load_devices(self, state: bytes, mark: int) -> None:
+        """Write the end of RAM and the device sections; return when QEMU has loaded them.
+
+        Args:
+            state: The whole tail of the stream; its end mark and description are kept back.
+            mark: A number above all marks before.
+        """
+        if self._rest:
+            return
+        cut = end_mark_offset(state)
+        self._end = state[cut:]
+        await self._hop.send(self._writer.verbatim(self._prelude))
+        await self._hop.send([*self._writer.ram_end(), state[:cut]])
+        await self.mark(mark)
+        await self.wait_consumed(mark - 1)
+
+    async def load_end(self) -> None:
+        """Deliver the end and wait for the QEMU's verdict.
+
+        Raises:
+            QemuStreamBrokenError: It did not load. A destination that starts by itself may have
+                run before it failed to say so, so ``guest_on`` is ``unknown``.
+        """
+        await self._hop.send([self._held_byte, self._end])
+        while self.shut_value is None and not self._closed:
+            await self._changed.wait()
+        if self.shut_value != 0:
+            said = "closed the stream" if self.shut_value is None else "reported a failure"
+            raise QemuStreamBrokenError(
+                f"the destination QEMU {said} at the end of the load", guest_on=GuestOn.UNKNOWN
+            )
+
+    def close(self) -> None:
+        """Close the stream: before the end was delivered, the QEMU can never run the guest."""
+        self._hop.close()

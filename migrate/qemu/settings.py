@@ -1,0 +1,174 @@
+"""Borrow a QEMU's migration settings: set ours, give the user's back on every exit.
+
+A QEMU that the user started keeps its capabilities and parameters between migrations, so
+whatever the engine changes must be undone, also after an error or a Ctrl-C.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from typing import Final, TypeVar
+
+import trio
+
+from migrate.errors import GuestError, QmpInterruptedError
+from migrate.qemu import queries
+from migrate.qemu.qmp_client import QmpClient
+from proto.qemu.qmp import JsonValue
+
+_OtherName = TypeVar("_OtherName", bound=str)
+_Name = TypeVar("_Name", bound=str)  # a mapping's keys do not take subclasses otherwise
+
+logger = logging.getLogger(__name__)
+
+RESTORE_TIMEOUT_S: Final = 10.0
+"""Longest time the exit waits for a migration to end and for QEMU's answers. A cancelled one
+ends within milliseconds, unless a stopped source blocks on a stream that nobody reads."""
+
+_POLL_S: Final = 0.05
+
+
+class ChangedSettings:
+    """Which settings of ours are in effect; from ``changed_settings``.
+
+    Attributes:
+        capabilities: State of the capabilities we set; those QEMU does not know are missing.
+        parameters: Values of the parameters we set, likewise.
+    """
+
+    def __init__(
+        self,
+        client: QmpClient,
+        user_capabilities: Mapping[str, bool],
+        user_parameters: Mapping[str, JsonValue],
+    ) -> None:
+        self.capabilities: dict[str, bool] = {}
+        self.parameters: dict[str, JsonValue] = {}
+        self._client = client
+        self._user_capabilities = user_capabilities
+        self._user_parameters = user_parameters
+
+    async def set_capabilities(self, states: Mapping[_Name, bool]) -> None:
+        """Switch capabilities; restored at the exit.
+
+        Raises:
+            QmpCommandError: QEMU does not know one of them, or a migration is under way.
+        """
+        # Noted first: a command that is interrupted may still have taken effect.
+        known = self._user_capabilities
+        self.capabilities |= {str(name): on for name, on in states.items() if name in known}
+        if states:
+            await queries.set_capabilities(self._client, states)
+
+    async def set_parameters(self, values: Mapping[_Name, JsonValue]) -> None:
+        """Set parameters, also during the migration; restored at the exit.
+
+        Raises:
+            QmpCommandError: QEMU does not know one of them, or refuses a value.
+        """
+        known = self._user_parameters
+        self.parameters |= {str(name): value for name, value in values.items() if name in known}
+        if values:
+            await queries.set_parameters(self._client, values)
+
+    async def restore_parameters(self) -> None:
+        """Give the user's parameters back.
+
+        Raises:
+            QmpCommandError: QEMU refuses.
+            QmpInterruptedError: QEMU is gone.
+        """
+        parameters = {name: self._user_parameters[name] for name in self.parameters}
+        if parameters:
+            await queries.set_parameters(self._client, parameters)
+            self.parameters.clear()
+
+    async def restore_capabilities(self) -> None:
+        """Give the user's capabilities back; raises as ``restore_parameters``."""
+        capabilities = {name: self._user_capabilities[name] for name in self.capabilities}
+        if capabilities:
+            await queries.set_capabilities(self._client, capabilities)
+            self.capabilities.clear()
+
+    async def wait_migration_ended(self) -> None:
+        """Wait until no migration is under way; raises as ``restore_parameters``."""
+        while not (status := await queries.query_migrate(self._client)).has_ended:
+            if status.status == "setup" and status.ram is None:
+                run_state = await queries.query_run_state(self._client)
+                if run_state.status == queries.RUN_STATE_INCOMING:
+                    return  # 10.0 says so of a destination that only listens
+            await trio.sleep(_POLL_S)
+
+    def describe(self) -> str:
+        """The settings not yet given back, as ``name=user's value`` each."""
+        left = {name: self._user_parameters[name] for name in self.parameters}
+        left |= {name: self._user_capabilities[name] for name in self.capabilities}
+        return ", ".join(f"{name}={value}" for name, value in left.items())
+
+
+@asynccontextmanager
+async def changed_settings(
+    client: QmpClient,
+    capabilities: Mapping[_Name, bool],
+    parameters: Mapping[_OtherName, JsonValue],
+    *,
+    optional: Collection[str] = (),
+) -> AsyncIterator[ChangedSettings]:
+    """Set capabilities and parameters for the duration of the block, then restore the user's.
+
+    At the exit a migration under way is waited for (capabilities cannot change before), up to
+    ``RESTORE_TIMEOUT_S`` in all; what could not be restored is logged as a warning by name. If
+    QEMU is gone there is nothing to restore.
+
+    Args:
+        client: The QEMU; the connection must outlive the block.
+        capabilities: Our states by name.
+        parameters: Our values by name.
+        optional: Names among both that a QEMU which does not know them may do without.
+
+    Raises:
+        GuestError: QEMU does not know a setting that is not optional. Nothing was changed.
+        QmpCommandError: QEMU refused a value. What was changed is restored.
+    """
+    user_capabilities = await queries.query_capabilities(client)
+    user_parameters = await queries.query_parameters(client)
+    known_capabilities = _known(client, "capability", capabilities, user_capabilities, optional)
+    known_parameters = _known(client, "parameter", parameters, user_parameters, optional)
+    settings = ChangedSettings(client, user_capabilities, user_parameters)
+    try:
+        await settings.set_capabilities(known_capabilities)
+        await settings.set_parameters(known_parameters)
+        yield settings
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + RESTORE_TIMEOUT_S):
+            await _restore_or_warn(settings)
+        if not client.is_closed and (left := settings.describe()):
+            logger.warning("these settings of QEMU could not be restored: %s", left)
+
+
+async def _restore_or_warn(settings: ChangedSettings) -> None:
+    for step in (
+        settings.wait_migration_ended,
+        settings.restore_parameters,
+        settings.restore_capabilities,
+    ):
+        try:
+            await step()
+        except QmpInterruptedError as error:
+            logger.debug("nothing to restore: %s", error)
+        except GuestError as error:
+            logger.warning("restoring QEMU's settings: %s", error)
+
+
+def _known(
+    client: QmpClient,
+    kind: str,
+    wanted: Mapping[_Name, JsonValue],
+    existing: Collection[str],
+    optional: Collection[str],
+) -> dict[str, JsonValue]:
+    missing = [str(name) for name in wanted if name not in existing and name not in optional]
+    if missing:
+        version = queries.version_of(client)
+        raise GuestError(f"QEMU {version} has no migration {kind} '{missing[0]}'")
+    return {str(name): value for name, value in wanted.items() if name in existing}

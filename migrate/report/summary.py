@@ -1,0 +1,212 @@
+"""The report as text for a terminal: what one wants to know first stands first.
+
+Pure: report in, lines out. The last line of either command is ``guest_line``.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+from migrate.errors import GuestOn
+from migrate.report.ledger import BYTE_KINDS, PAGE_CLASSES
+from migrate.report.report import Report, RoundReport
+from migrate.units import format_count, format_ms, format_rate, format_size
+
+PART_NAMES: Final = {
+    "last_pages_ms": "last pages",
+    "device_state_ms": "device state",
+    "load_ms": "load",
+    "verify_ms": "verify",
+    "commit_ms": "commit",
+}
+"""The parts of the downtime, in the order in which they are shown."""
+
+ROUND_COLUMNS: Final = (
+    "round",
+    "duration",
+    "pages",
+    "on the wire",
+    "goodput",
+    "dirty pages/s",
+    "codec",
+    "throttled",
+)
+_FIRST_ROUNDS: Final = 4
+_LAST_ROUNDS: Final = 5
+_LABEL_WIDTH: Final = 12
+
+
+def summary_lines(report: Report) -> list[str]:
+    """Describe a migration in a few dozen lines; the last one says where the guest is."""
+    lines = [f"migration {report.status}"]
+    if report.error is not None:
+        lines.append(_labelled("error", f"{report.error.message} [{report.error.code}]"))
+    lines += _headline(report)
+    lines += _class_table(report)
+    lines += _round_table(report.rounds)
+    lines += _checks(report)
+    lines += ["", guest_line(report.guest_on, report.guest_state)]
+    return lines
+
+
+def guest_line(guest_on: GuestOn, guest_state: str | None = None) -> str:
+    """Say where the guest is, and when something must be done about it, what.
+
+    Args:
+        guest_on: As far as it is known.
+        guest_state: QEMU's run state there, e.g. ``running`` or ``paused``; ``None`` = unknown.
+    """
+    match guest_on:
+        case GuestOn.SOURCE | GuestOn.DESTINATION:
+            side = guest_on.value
+            if guest_state in {None, "running"}:
+                return f"the guest {'runs' if guest_state else 'is'} on the {side}"
+            return f"the guest is on the {side}, not running: QEMU says '{guest_state}'"
+        case GuestOn.NEITHER:
+            return (
+                "the guest runs on NEITHER side: the source still has it, stopped; "
+                "'cont' on the source QEMU brings it back"
+            )
+        case GuestOn.UNKNOWN:
+            return (
+                "it is UNKNOWN where the guest runs: start it nowhere before "
+                "'query-status' on the destination QEMU said that it does not run there"
+            )
+        case GuestOn.HANDED_OVER:
+            return "the guest was handed over: whoever owns both monitors decides where it runs"
+
+
+def shortened(rounds: Sequence[RoundReport]) -> list[RoundReport | None]:
+    """Leave out the middle of a long list of rounds; ``None`` stands for what is left out."""
+    if len(rounds) <= _FIRST_ROUNDS + _LAST_ROUNDS + 1:
+        return list(rounds)
+    return [*rounds[:_FIRST_ROUNDS], None, *rounds[-_LAST_ROUNDS:]]
+
+
+def share_text(part: float, whole: float) -> str:
+    """Print a share of a whole as percent, with a digit more where it is small."""
+    if whole <= 0:
+        return "-"
+    percent = 100 * part / whole
+    return f"{percent:.1f} %" if percent < 9.95 else f"{percent:.0f} %"
+
+
+def _headline(report: Report) -> list[str]:
+    total = format_ms(report.total_ms)
+    if report.setup_ms is not None:
+        total += f", {format_ms(report.setup_ms)} of it setting up"
+    state = report.guest_state or "state not known"
+    lines = [
+        _labelled("guest", f"{report.guest_on.value}, {state}"),
+        _labelled("total", total),
+        _labelled("downtime", _downtime_text(report)),
+    ]
+    wire = f"{format_size(report.wire_bytes)} for {format_size(report.page_bytes)} of pages"
+    lines.append(
+        _labelled("on the wire", f"{wire} ({share_text(report.wire_bytes, report.page_bytes)})")
+    )
+    lines.append(_labelled("guest RAM", format_size(report.ram_bytes)))
+    if report.commit is not None:
+        lines.append(_labelled("commit", report.commit))
+    if report.qemu_version is not None:
+        lines.append(_labelled("QEMU", report.qemu_version))
+    if report.reconnects:
+        lines.append(_labelled("reconnects", str(report.reconnects)))
+    if report.predicted is not None:
+        predicted = report.predicted
+        times = format_ms(predicted.total_ms), format_ms(predicted.downtime_ms)
+        lines.append(_labelled("predicted", f"total {times[0]}, downtime {times[1]}"))
+    return lines
+
+
+def _downtime_text(report: Report) -> str:
+    if report.downtime_ms is None:
+        return "none: the guest was not stopped"
+    parts = [
+        f"{name} {format_ms(duration_ms)}"
+        for attribute, name in PART_NAMES.items()
+        if (duration_ms := getattr(report.downtime, attribute)) is not None
+    ]
+    return f"{format_ms(report.downtime_ms)} ({', '.join(parts)})"
+
+
+def _class_table(report: Report) -> list[str]:
+    rows = [("class", "pages", "share", "on the wire", "per page")]
+    all_pages = report.pages.total()
+    for name in PAGE_CLASSES:
+        pages, n_bytes = getattr(report.pages, name), getattr(report.bytes, name)
+        per_page = f"{n_bytes / pages:.1f} B" if pages else "-"
+        share = share_text(pages, all_pages)
+        rows.append((name, format_count(pages), share, format_size(n_bytes), per_page))
+    others = [
+        (kind.replace("_", " "), "", "", format_size(n_bytes), "")
+        for kind in BYTE_KINDS
+        if kind not in PAGE_CLASSES and (n_bytes := getattr(report.bytes, kind))
+    ]
+    return ["", *_aligned([*rows, *others])]
+
+
+def _round_table(rounds: Sequence[RoundReport]) -> list[str]:
+    if not rounds:
+        return []
+    rows: list[tuple[str, ...]] = [ROUND_COLUMNS]
+    cut_row = -1
+    for this_round in shortened(rounds):
+        if this_round is None:
+            cut_row = len(rows)
+            continue
+        rows.append(round_row(this_round))
+    lines = _aligned(rows)
+    if cut_row >= 0:
+        left_out = len(rounds) - _FIRST_ROUNDS - _LAST_ROUNDS
+        lines.insert(cut_row, f"  … {left_out} more rounds, all in --report")
+    return ["", *lines]
+
+
+def round_row(this_round: RoundReport) -> tuple[str, ...]:
+    """Print a round as cells under ``ROUND_COLUMNS``."""
+    goodput, dirty = this_round.goodput_bps, this_round.dirty_pages_per_s
+    throttle = this_round.throttle_percent
+    return (
+        str(this_round.n),
+        format_ms(this_round.duration_ms),
+        format_count(this_round.pages.total()),
+        format_size(this_round.wire_bytes),
+        "-" if goodput is None else format_rate(goodput),
+        "-" if dirty is None else format_count(round(dirty)),
+        this_round.codec or "-",
+        f"{throttle} %" if throttle else "-",
+    )
+
+
+def _checks(report: Report) -> list[str]:
+    integrity = report.integrity
+    if integrity.equal is None:
+        text = "not compared: it did not come to that"
+    elif integrity.equal:
+        text = f"equal, {format_count(integrity.pages)} pages compared"
+    else:
+        text = f"NOT EQUAL over {format_count(integrity.pages)} pages"
+    lines = ["", _labelled("integrity", text)]
+    if report.opaque_rest is not None:
+        lines.append(
+            _labelled("passed on", f"part of the stream as it was: {report.opaque_rest}")
+        )
+    lines += [_labelled("not checked", text) for text in report.not_checked]
+    lines += [_labelled("warning", text) for text in report.warnings]
+    return lines
+
+
+def _labelled(label: str, text: str) -> str:
+    return f"  {label:<{_LABEL_WIDTH}} {text}"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Align columns of figures to the right, the first column to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(
+            "  ".join([f"  {row[0]:<{max(widths[0], _LABEL_WIDTH)}}", *cells]).rstrip()
+        )
+    return lines

@@ -1,0 +1,141 @@
+"""What both commands have around a migration: report, ledger, trace, progress, and the last words."""
+
+import datetime
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from migrate.errors import MigrationError
+from migrate.params import OutputParams
+from migrate.report.html import report_html
+from migrate.report.ledger import Ledger
+from migrate.report.progress import ProgressDisplay, ProgressState
+from migrate.report.report import Report, ReportBuilder, Role, report_json, write_report, write_text
+from migrate.report.summary import summary_lines
+from migrate.report.trace import TraceWriter
+
+PROGRESS_S = 0.1
+"""How often progress is looked at; the display decides what of it is worth a line."""
+
+
+class Session:
+    """One run of one command, seen by people and tools.
+
+    Attributes:
+        builder: The report as it grows.
+        ledger: Pages and bytes by class.
+        started_ns: Monotonic start.
+        phase: In words, for progress.
+    """
+
+    def __init__(self, role: Role, output: OutputParams) -> None:
+        self.started_ns = time.monotonic_ns()
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.builder = ReportBuilder(role, self.started_ns, started_utc=now)
+        self.ledger = Ledger()
+        self.phase = "starting"
+        self._output = output
+        self._display = ProgressDisplay(sys.stderr, quiet=output.quiet)
+        self._trace = TraceWriter(output.trace_path, self.started_ns, self.warn)
+
+    def say(self, line: str) -> None:
+        """Tell a person something that stays on the screen; nothing with ``--quiet``."""
+        if not self._output.quiet:
+            self._display.log(line)
+
+    def warn(self, text: str) -> None:
+        """Warn: on the screen now, in the report at the end."""
+        self.builder.warn(text)
+        self._display.log(f"warning: {text}")
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase."""
+        self.phase = phase
+        self.trace("phase", phase=phase)
+
+    def trace(self, name: str, **values: object) -> None:
+        """Write an event to the trace."""
+        self._trace.event(name, time.monotonic_ns(), **values)
+
+    @property
+    def elapsed_ms(self) -> float:
+        """Milliseconds since the start."""
+        return (time.monotonic_ns() - self.started_ns) / 1e6
+
+    def show(self, state: ProgressState) -> None:
+        """Show progress."""
+        self._display.update(state, time.monotonic_ns())
+
+    def finish(self, report: Report) -> None:
+        """Write what was asked for and say how it ended; the last line says where the guest is."""
+        self._display.close()
+        self._trace.close()
+        output = self._output
+        warnings = []
+        if output.report_path is not None:
+            warnings.append(write_report(output.report_path, report))
+        if output.html_path is not None:
+            warnings.append(write_text(output.html_path, report_html(report)))
+        for warning in filter(None, warnings):
+            self.warn(warning)
+        if output.json:
+            sys.stdout.write(report_json(report))
+            sys.stdout.flush()
+        lines = summary_lines(report)
+        for line in lines[-1:] if output.quiet else lines:
+            self._display.log(line)
+
+
+@contextmanager
+def private_dir(parent: Path) -> Iterator[Path]:
+    """A fresh directory for this run's sockets, mode 0700, removed at the end if it is empty.
+
+    Raises:
+        MigrationError: It cannot be made.
+    """
+    path = parent / secrets.token_hex(4)
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        raise MigrationError(
+            f"cannot make a directory for sockets in {parent}: {error.strerror}"
+        ) from error
+    try:
+        yield path
+    finally:
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def most_telling(error: BaseException) -> MigrationError:
+    """Of all that went wrong at once, pick what a person should read.
+
+    A link that broke or a stream that ended is most often the consequence of the other error.
+    Anything that is no ``MigrationError`` is a bug of ours and raised as it is.
+    """
+    leaves = list(_leaves(error))
+    for leaf in leaves:
+        if not isinstance(leaf, MigrationError | trio.Cancelled | trio.TooSlowError):
+            raise leaf
+    known = [leaf for leaf in leaves if isinstance(leaf, MigrationError)]
+    if not known:
+        return MigrationError("a step of the migration took too long")
+    return max(known, key=_weight)
+
+
+def _weight(error: MigrationError) -> int:
+    return {"peer-lost": 1, "qemu-stream": 2, "qmp-interrupted": 3}.get(error.code, 4)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

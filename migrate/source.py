@@ -1,0 +1,290 @@
+"""migrate-src: run one migration from the source's side.
+
+    guest (QMP or gateway) -> link, HELLO -> outbound pipeline -> handover
+
+The phases live in their own modules; this one holds them together, watches the link and the guest
+beside them, and makes sure that a failure before the point of no return leaves the guest running
+here.
+"""
+
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from migrate.errors import (
+    ConnectError,
+    GuestError,
+    GuestOn,
+    MigrationCancelledError,
+    MigrationError,
+    PeerLostError,
+    PeerRefusedError,
+)
+from migrate.guests.base import GuestProgress, SourceGuest
+from migrate.guests.gateway_source import GatewaySource, open_gateway
+from migrate.guests.qemu_source import open_qemu_source
+from migrate.handover import SourceHandover
+from migrate.hello import Agreement, introduce
+from migrate.hold import CommitHold
+from migrate.outbound import HANDOVER_RESERVE_MS, Outbound
+from migrate.params import SourceParams, default_run_dir
+from migrate.report.progress import ProgressState
+from migrate.report.report import Report
+from migrate.session import PROGRESS_S, Session, most_telling, private_dir
+from migrate.source_report import source_report
+from migrate.state_file import StateFile
+from migrate.transport.channels import connect_tcp
+from migrate.transport.link import Link
+from proto.guest_events import GuestEvent
+from proto.link import messages
+from proto.link.connection import LinkConnection
+from proto.link.messages import CommitKind, Message
+from proto.link.state import Role
+from proto.qemu.format import RP_SHUT
+from proto.qemu.return_path import ReturnPathReader
+from proto.qemu.stream_reader import POSTCOPY_REASON
+
+CALL_OFF_S = 45.0
+"""Longest time to bring the guest back after a failure."""
+
+FAREWELL_S = 3.0
+
+
+class SourceRun:
+    """One run of migrate-src."""
+
+    def __init__(self, params: SourceParams, session: Session) -> None:
+        self._params = params
+        self._session = session
+        self._handover: SourceHandover | None = None
+        self._outbound: Outbound | None = None
+        self._link: Link | None = None
+        self._agreement: Agreement | None = None
+        self._scope = trio.CancelScope()
+        self._cancelled_by: str | None = None
+        self._hold = CommitHold(session) if params.hold_before_commit else CommitHold(None)
+
+    def cancel(self, why: str) -> None:
+        """Call the migration off, from a signal."""
+        self._cancelled_by = why
+        self._scope.cancel()
+
+    async def run(self) -> tuple[Report, MigrationError | None]:
+        """Migrate; never raises for what a migration can meet, but returns it with the report."""
+        session = self._session
+        error: MigrationError | None = None
+        try:
+            run_parent = default_run_dir(os.environ, os.getuid())
+            with private_dir(run_parent) as run_dir, self._hold:
+                async with self._open_guest(run_dir) as guest:
+                    session.builder.report.source = guest.form
+                    await self._migrate_or_call_off(guest)
+        except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
+            error = most_telling(raised)
+        report = source_report(session, self._link, self._outbound, self._handover, error)
+        return report, error
+
+    @asynccontextmanager
+    async def _open_guest(self, run_dir: Path) -> AsyncIterator[SourceGuest]:
+        params = self._params
+        if params.qmp is not None:
+            told_ms = params.downtime_limit_ms - HANDOVER_RESERVE_MS
+            async with open_qemu_source(
+                params.qmp, run_dir, downtime_limit_ms=told_ms
+            ) as source:
+                yield source
+        else:
+            assert params.gateway is not None
+            async with open_gateway(
+                params.gateway, mode=params.gateway_mode, owner=params.gateway_owner
+            ) as gateway:
+                yield gateway
+
+    async def _migrate_or_call_off(self, guest: SourceGuest) -> None:
+        try:
+            with self._scope:
+                await self._migrate(guest)
+            if self._scope.cancelled_caught:
+                raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
+        except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
+            error = most_telling(raised)
+            await self._call_off(guest, error)
+            raise error from raised
+        finally:
+            if self._link is not None:
+                self._link.close()
+
+    async def _call_off(self, guest: SourceGuest, error: MigrationError) -> None:
+        """Leave the guest to the source, unless COMMIT was sent: then never."""
+        handover = self._handover
+        with trio.CancelScope(shield=True), trio.move_on_after(CALL_OFF_S):
+            if self._link is not None:
+                with trio.move_on_after(FAREWELL_S):
+                    await self._link.try_send(
+                        messages.Abort(error.code, str(error), error.guest_on.value)
+                    )
+            if handover is not None and (handover.commit_sent or handover.shut_relayed):
+                error.guest_on = (
+                    GuestOn.HANDED_OVER if handover.shut_relayed else GuestOn.UNKNOWN
+                )
+                return
+            where = await guest.go_on()
+            self._session.say(where.text)
+            error.guest_on = where.guest_on
+            return
+        error.guest_on = GuestOn.UNKNOWN
+
+    # --- the migration ------------------------------------------------------------------------
+
+    async def _migrate(self, guest: SourceGuest) -> None:
+        session, params = self._session, self._params
+        facts = await guest.facts()
+        session.builder.report.qemu_version = facts.qemu_version
+        pending: list[GuestEvent] = []
+        if isinstance(guest, GatewaySource):
+            session.enter("waiting for the source QEMU")
+            session.say(f"listening on {params.gateway} for the source QEMU")
+            pending = await guest.wait_header()
+        session.enter("connecting")
+        link = self._link = await self._connect()
+        relay = params.commit == "relay"
+        agreement = self._agreement = await introduce(
+            link, guest, facts, cache_bytes=params.cache_bytes, relay=relay
+        )
+        for warning in (*agreement.warnings, *agreement.not_checked):
+            session.warn(warning)
+        session.builder.report.not_checked += agreement.not_checked
+        session.builder.report.commit = agreement.kind.value
+        to_control, control = trio.open_memory_channel[Message](64)
+        outbound = self._outbound = Outbound(
+            guest,
+            link,
+            seed=agreement.seed,
+            slot_count=agreement.slot_count,
+            compress=params.compress,
+            max_bandwidth_bps=params.max_bandwidth_bps,
+            ledger=session.ledger,
+        )
+        handover = self._handover = SourceHandover(
+            guest=guest,
+            link=link,
+            control=control,
+            outbound=outbound,
+            kind=agreement.kind,
+            state_file=StateFile(params.state_dir, "source", agreement.migration_id),
+            hold=self._hold.wait if params.hold_before_commit else None,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.keep_alive)
+            nursery.start_soon(self._receive, link, guest, to_control)
+            nursery.start_soon(self._show_progress, guest)
+            if isinstance(guest, GatewaySource):
+                nursery.start_soon(guest.refuse_more_connections)
+            session.enter("precopy")
+            session.builder.setup_done(time.monotonic_ns())
+            await guest.start()
+            await outbound.run(pending)
+            self._check_postcopy()
+            session.enter("handover")
+            await handover.hand_over()
+            session.enter("done")
+            nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(FAREWELL_S):
+                await link.try_send(messages.Bye())
+            with trio.move_on_after(30):
+                await guest.finish(quit_guest=params.after == "quit")
+
+    def _check_postcopy(self) -> None:
+        assert self._outbound is not None
+        assert self._agreement is not None
+        postcopy = self._outbound.state.opaque_rest == POSTCOPY_REASON
+        if postcopy and self._agreement.kind is not CommitKind.RELAYED:
+            raise GuestError("postcopy only works with --commit relay", guest_on=GuestOn.UNKNOWN)
+
+    async def _connect(self) -> Link:
+        params = self._params
+        deadline = trio.current_time() + params.connect_timeout_s
+        with trio.move_on_after(params.connect_timeout_s):
+            sock = await connect_tcp(params.to, "migrate-dst")
+            connection = LinkConnection(Role.SOURCE)
+            return Link(sock, connection, f"migrate-dst at {params.to}")
+        waited = trio.current_time() - deadline + params.connect_timeout_s
+        raise ConnectError(f"migrate-dst at {params.to} did not answer within {waited:.0f} s")
+
+    async def _receive(
+        self, link: Link, guest: SourceGuest, control: trio.MemorySendChannel[Message]
+    ) -> None:
+        """Read the link as long as the migration lasts."""
+        return_path = ReturnPathReader()
+        async with control:
+            while (message := await link.receive()) is not None:
+                match message:
+                    case messages.Ack():
+                        assert self._outbound is not None
+                        self._outbound.take_ack()
+                    case messages.KeepAlive():
+                        pass
+                    case messages.Abort(_, text, guest_on):
+                        raise PeerRefusedError(text, guest_on=GuestOn(guest_on))
+                    case messages.ReturnPath(data):
+                        await self._relay(guest, bytes(data), return_path)
+                    case _:
+                        await control.send(message)
+        if not self._finished():
+            raise PeerLostError(f"{link.peer} left early")
+
+    def _finished(self) -> bool:
+        handover = self._handover
+        return handover is not None and (
+            handover.running is not None or handover.shut_relayed
+        )
+
+    async def _relay(
+        self, guest: SourceGuest, data: bytes, return_path: ReturnPathReader
+    ) -> None:
+        assert self._handover is not None
+        await guest.answer(data)
+        if any(message.type == RP_SHUT for message in return_path.feed(data)):
+            self._handover.take_relayed_shut()
+
+    # --- progress and report ------------------------------------------------------------------
+
+    async def _show_progress(self, guest: SourceGuest) -> None:
+        asked_at = 0.0
+        known = GuestProgress()
+        while True:
+            if trio.current_time() - asked_at > 0.5:
+                asked_at = trio.current_time()
+                with trio.move_on_after(0.4):
+                    known = await guest.progress()
+            self._session.show(self._progress_state(known))
+            await trio.sleep(PROGRESS_S)
+
+    def _progress_state(self, known: GuestProgress) -> ProgressState:
+        outbound = self._outbound
+        assert outbound is not None
+        session = self._session
+        estimate = outbound.goodput.estimate(time.monotonic_ns())
+        goodput = estimate.wire_bps if estimate else None
+        stopped = outbound.state.switchover_at_ns is not None
+        phase = "stop-and-copy" if stopped and session.phase == "precopy" else session.phase
+        remaining = 0 if stopped else known.remaining_bytes
+        return ProgressState(
+            phase=phase,
+            elapsed_ms=session.elapsed_ms,
+            round_no=outbound.state.round_no,
+            ram_bytes=outbound.state.ram_bytes or None,
+            pages=session.ledger.pages,
+            wire_bytes=self._link.sent_bytes if self._link else 0,
+            goodput_bps=goodput,
+            remaining_bytes=remaining,
+            dirty_pages_per_s=known.dirty_pages_per_s,
+            expected_downtime_ms=outbound.expected_downtime_ms(remaining),
+            downtime_limit_ms=self._params.downtime_limit_ms,
+            codec=outbound.codec_text,
+        )

@@ -1,0 +1,88 @@
+"""Source: what happened becomes the report."""
+
+import time
+
+from migrate.errors import GuestOn, MigrationError
+from migrate.handover import SourceHandover
+from migrate.outbound import Outbound
+from migrate.report.report import Integrity, Report
+from migrate.session import Session
+from migrate.transport.link import Link
+
+
+def source_report(
+    session: Session,
+    link: Link | None,
+    outbound: Outbound | None,
+    handover: SourceHandover | None,
+    error: MigrationError | None,
+) -> Report:
+    """Fill the report from whatever the run reached."""
+    builder = session.builder
+    if link is not None:
+        if outbound is not None:
+            outbound.settle_ledger()
+        else:
+            session.ledger.add_bytes("control", link.sent_bytes)
+        session.ledger.close(link.sent_bytes, time.monotonic_ns())
+        builder.report.wire_bytes_back = link.connection.received_bytes
+    if outbound is not None:
+        _add_rounds(session, outbound)
+        builder.report.ram_bytes = outbound.state.ram_bytes
+        builder.report.opaque_rest = outbound.state.opaque_rest or None
+    builder.take_ledger(session.ledger)
+    if outbound is not None and handover is not None:
+        builder.report.integrity = _integrity(outbound, handover)
+        if handover.times.running_ns is not None:
+            _add_downtime(session, outbound, handover)
+    now_ns = time.monotonic_ns()
+    if error is not None:
+        return builder.failed(now_ns, error, None)
+    assert handover is not None
+    if handover.running is None:
+        return builder.completed(now_ns, GuestOn.HANDED_OVER, None)
+    return builder.completed(now_ns, GuestOn.DESTINATION, handover.running.run_state)
+
+
+def _add_rounds(session: Session, outbound: Outbound) -> None:
+    for counts in session.ledger.rounds:
+        notes = outbound.round_notes.get(counts.round_no)
+        session.builder.end_round(
+            counts.round_no,
+            (counts.ended_ns or counts.started_ns) - counts.started_ns,
+            pages=counts.pages,
+            wire_bytes=counts.wire_bytes,
+            goodput_bps=notes.goodput_bps if notes else None,
+            codec=notes.codec if notes else None,
+        )
+
+
+def _integrity(outbound: Outbound, handover: SourceHandover) -> Integrity:
+    classifier = outbound.state.classifier
+    if classifier is None or handover.destination_digest is None:
+        return Integrity()
+    mine = classifier.table.digest()
+    return Integrity(
+        pages=classifier.table.page_count,
+        source_digest=mine.hex(),
+        destination_digest=handover.destination_digest.hex(),
+        equal=mine == handover.destination_digest,
+    )
+
+
+def _add_downtime(session: Session, outbound: Outbound, handover: SourceHandover) -> None:
+    """Break the downtime down by the moments at which each part ended."""
+    times, state = handover.times, outbound.state
+    stopped_ns = handover.guest.stopped_at_ns or state.switchover_at_ns
+    if stopped_ns is None or state.run_state != "running" or times.running_ns is None:
+        return
+    builder = session.builder
+    builder.downtime_part("last_pages", stopped_ns)
+    if state.device_state_at_ns is not None:
+        builder.downtime_part("device_state", state.device_state_at_ns)
+    if state.end_at_ns is not None:
+        builder.downtime_part("verify", state.end_at_ns)
+    if times.verified_ns is not None:
+        builder.downtime_part("load", times.verified_ns)
+    builder.downtime_part("commit", times.ready_ns or times.verified_ns or times.running_ns)
+    builder.guest_runs(times.running_ns)

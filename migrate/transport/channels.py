@@ -1,0 +1,145 @@
+"""Sockets: open, accept, receive into our own memory, send gather lists.
+
+trio's streams hand out copies of 64-100 KiB; at a gigabyte a second that is a copy too many, so the
+engine works on trio sockets directly.
+"""
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import trio
+
+from migrate.errors import ConnectError
+from migrate.params import LinkAddress, SocketAddress, UnixAddress
+
+IOV_MAX = 1024
+"""Most buffers the kernel takes in one sendmsg."""
+
+LOCAL_SEND_BUFFER_BYTES = 1 << 20
+"""Asked for on the hop to the destination QEMU; the kernel may grant less."""
+
+LINK_NOTSENT_BYTES = 128 * 1024
+"""Unsent bytes the kernel may hold for the link: what lies there is delay, not bandwidth."""
+
+TCP_NOTSENT_LOWAT = 25
+"""Linux's number; the socket module does not name it in every Python."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+async def send_all(sock: trio.socket.SocketType, buffers: Iterable[Buffer]) -> int:
+    """Send buffers in order without joining them; returns the bytes sent.
+
+    A cancelled call may have sent any part: the stream is then unusable.
+    """
+    views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+    total = sum(view.nbytes for view in views)
+    start = 0
+    while start < len(views):
+        sent = await sock.sendmsg(views[start : start + IOV_MAX])
+        while start < len(views) and sent >= views[start].nbytes:
+            sent -= views[start].nbytes
+            start += 1
+        if sent:
+            views[start] = views[start][sent:]
+    return total
+
+
+def tune_link(sock: trio.socket.SocketType) -> None:
+    """Set a link connection up for small latency: no delays, no deep kernel queue."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, LINK_NOTSENT_BYTES)
+
+
+async def connect_tcp(address: LinkAddress, what: str) -> trio.socket.SocketType:
+    """Connect to ``address``.
+
+    Raises:
+        ConnectError: Nothing answers there; the text names ``what`` and the address.
+    """
+    try:
+        stream = await trio.open_tcp_stream(address.host, address.port)
+    except OSError as error:
+        raise ConnectError(
+            f"cannot reach {what} at {address}: {reason(error)}"
+        ) from error
+    return stream.socket
+
+
+async def connect(address: SocketAddress, what: str) -> trio.socket.SocketType:
+    """Connect to a TCP or unix address; raises ConnectError as ``connect_tcp`` does."""
+    if isinstance(address, LinkAddress):
+        return await connect_tcp(address, what)
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        await sock.connect(str(address.path))
+    except OSError as error:
+        sock.close()
+        raise ConnectError(
+            f"cannot reach {what} at {address}: {reason(error)}"
+        ) from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def listen(
+    address: SocketAddress, what: str, *, mode: int = 0o600, owner: tuple[int, int] | None = None
+) -> trio.socket.SocketType:
+    """Listen on ``address``; a stale unix socket file is replaced, any other file is not.
+
+    Args:
+        address: Where.
+        what: Name for error messages.
+        mode: Permissions of a unix socket.
+        owner: uid and gid of a unix socket, None = ours.
+
+    Raises:
+        ConnectError: The address cannot be listened on.
+    """
+    try:
+        if isinstance(address, UnixAddress):
+            return await _listen_unix(address.path, mode, owner)
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=16)
+    except OSError as error:
+        raise ConnectError(
+            f"cannot listen on {address} for {what}: {reason(error)}"
+        ) from error
+    for extra in listeners[1:]:
+        await extra.aclose()
+    return listeners[0].socket
+
+
+async def _listen_unix(
+    path: Path, mode: int, owner: tuple[int, int] | None
+) -> trio.socket.SocketType:
+    if path.exists():
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise OSError(errno.EEXIST, "a file that is no socket is in the way")
+        path.unlink()
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        await sock.bind(str(path))
+        path.chmod(mode)
+        if owner is not None:
+            os.chown(path, *owner)
+        sock.listen(16)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def reason(error: OSError) -> str:
+    """The cause in words, without Python's decoration."""
+    if error.strerror:
+        return error.strerror
+    cause = error.__cause__
+    if isinstance(cause, ExceptionGroup) and isinstance(cause.exceptions[0], OSError):
+        return reason(cause.exceptions[0])
+    return str(error)

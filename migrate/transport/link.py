@@ -1,0 +1,128 @@
+"""The link between migrate-src and migrate-dst: the sans-IO connection on a TCP socket."""
+
+import contextlib
+from collections.abc import Callable
+
+import trio
+
+from migrate.errors import PeerLostError, PeerProtocolError
+from migrate.transport.channels import Buffer, reason, send_all, tune_link
+from proto.errors import RemoteProtocolError
+from proto.guest_events import NEED_DATA
+from proto.link.connection import Event, LinkClosed, LinkConnection
+from proto.link.frames import FrameType
+from proto.link.messages import KeepAlive, Message
+
+KEEPALIVE_S = 2.0
+"""A side that has nothing to say says so this often."""
+
+PEER_SILENCE_S = 15.0
+"""A peer that said nothing for this long is lost: seven keep-alives did not come."""
+
+
+class Link:
+    """One connection to the other command. Any task may send, one task receives.
+
+    Attributes:
+        connection: The protocol state; its byte accounts are the migration's.
+        peer: The other end's address, for messages.
+    """
+
+    def __init__(
+        self, sock: trio.socket.SocketType, connection: LinkConnection, peer: str
+    ) -> None:
+        tune_link(sock)
+        self._sock = sock
+        self._send_lock = trio.Lock()
+        self._closing = False
+        self.connection = connection
+        self.peer = peer
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes written to the link so far."""
+        return sum(self.connection.sent_bytes.values())
+
+    async def send(
+        self, message: Message, framed: Callable[[int], None] | None = None
+    ) -> int:
+        """Send one message; returns its bytes on the wire.
+
+        A cancelled send leaves the connection unusable for sending.
+
+        Args:
+            message: What to send.
+            framed: Called with the length on the wire when the message has its number and its
+                first byte is about to be written.
+
+        Raises:
+            PeerLostError: The connection is broken.
+        """
+        async with self._send_lock:
+            buffers: list[Buffer] = self.connection.send(message)
+            if framed is not None:
+                framed(sum(map(len, buffers)))
+            try:
+                return await send_all(self._sock, buffers)
+            except OSError as error:
+                self.connection.send_failed()
+                raise PeerLostError(
+                    f"lost the connection to {self.peer}: {reason(error)}"
+                ) from error
+            except BaseException:
+                self.connection.send_failed()
+                raise
+
+    async def receive(self) -> Message | None:
+        """Next message; None when the peer closed the connection in good order.
+
+        Raises:
+            PeerLostError: The connection broke, or the peer fell silent.
+            PeerProtocolError: The peer broke the protocol.
+        """
+        try:
+            while (event := self.connection.next_event()) is NEED_DATA:
+                await self._fill()
+        except RemoteProtocolError as error:
+            raise PeerProtocolError(f"{self.peer} broke the link protocol: {error}") from error
+        return self._message(event)
+
+    def _message(self, event: Event) -> Message | None:
+        if not isinstance(event, LinkClosed):
+            return event
+        if event.orderly:
+            return None
+        raise PeerLostError(f"{self.peer} closed the connection in the middle of the migration")
+
+    async def _fill(self) -> None:
+        try:
+            with trio.fail_after(PEER_SILENCE_S):
+                count = await self._sock.recv_into(self.connection.get_buffer())
+        except trio.TooSlowError:
+            raise PeerLostError(
+                f"{self.peer} has been silent for {PEER_SILENCE_S:.0f} s"
+            ) from None
+        except OSError as error:
+            raise PeerLostError(f"lost the connection to {self.peer}: {reason(error)}") from error
+        if count:
+            self.connection.buffer_updated(count)
+        else:
+            self.connection.eof()
+
+    async def keep_alive(self) -> None:
+        """Run as a task: show the peer that we are there."""
+        while True:
+            await trio.sleep(KEEPALIVE_S)
+            if not self.connection.may_send(FrameType.KEEPALIVE):
+                return
+            await self.send(KeepAlive())
+
+    async def try_send(self, message: Message) -> None:
+        """Send a farewell if it is legal and the connection still carries it."""
+        if self.connection.may_send(message.frame_type):
+            with contextlib.suppress(PeerLostError):
+                await self.send(message)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()

@@ -1,0 +1,1 @@
+"""The link protocol between migrate-src and migrate-dst; nothing here does I/O."""

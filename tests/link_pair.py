@@ -1,0 +1,169 @@
+"""Two ends of a link without a network, and ways to bring an end into any state."""
+
+import dataclasses
+import itertools
+
+from proto.guest_events import NEED_DATA, OpaqueKind
+from proto.link import messages as m
+from proto.link.connection import Event, LinkClosed, LinkConnection
+from proto.link.dispatch import FRAMES, encode_message
+from proto.link.frames import Buffer, FrameType, encode_frame
+from proto.link.messages import Message
+from proto.link.pages import PageBatch
+from proto.link.state import Direction, LinkState, Role, next_state
+from tests.strategies import BLOCKS, CACHE_SLOTS, page_array, receive, same_message
+
+DIGEST = bytes(16)
+HELLO = m.Hello(DIGEST, b"token", 1, CACHE_SLOTS, {"smp": 2}, optional=("a", "b"))
+TABLE = m.RamBlockTable(BLOCKS, b"start section")
+PAGES = PageBatch(
+    0,
+    zero_pages=page_array([0, 1, 5]),
+    same_count=2,
+    ref_pages=page_array([2]),
+    ref_slots=page_array([9]),
+    literal_pages=page_array([3, 4]),
+    literal_slots=page_array([7, 0xFFFF_FFFF]),
+    encoded=(bytes(4096), bytes(4096)),
+)
+STATE: list[Message] = [
+    m.OpaqueData(OpaqueKind.HEADER, b"QEVM", 4),
+    TABLE,
+    PAGES,
+    m.RoundEnd(0),
+    m.OpaqueData(OpaqueKind.COMMAND, b"x", 500, codec_id=3),
+    m.Switchover(b"prelude"),
+    PAGES,
+    m.DeviceStateData(b"device", 6),
+    m.EndOfState("running", DIGEST, DIGEST, 1000),
+]
+
+
+def welcome(kind: m.CommitKind = m.CommitKind.HELD, slots: int = CACHE_SLOTS) -> m.Welcome:
+    return m.Welcome(kind.value, slots, None, "not asked")
+
+
+def feed(end: LinkConnection, data: Buffer) -> list[Event]:
+    """Give an end bytes and take every event they make."""
+    events: list[Event] = []
+    rest = data
+    while True:
+        while (event := end.next_event()) is not NEED_DATA:
+            assert not isinstance(event, type(NEED_DATA))
+            events.append(event)
+            if isinstance(event, LinkClosed):
+                return events
+        if not len(rest):
+            return events
+        rest = rest[receive(rest, end.get_buffer, end.buffer_updated) :]
+
+
+class Pair:
+    """Both ends; every message goes through both and must arrive as it was sent."""
+
+    def __init__(self, kind: m.CommitKind = m.CommitKind.HELD) -> None:
+        self.ends = {role: LinkConnection(role) for role in Role}
+        self.src, self.dst = self.ends[Role.SOURCE], self.ends[Role.DESTINATION]
+        self.kind = kind
+        self.said = {Role.SOURCE: b"", Role.DESTINATION: b""}
+
+    def say(self, role: Role, *said: Message) -> None:
+        other = Role.DESTINATION if role is Role.SOURCE else Role.SOURCE
+        for message in said:
+            data = b"".join(self.ends[role].send(message))
+            self.said[role] += data
+            heard = feed(self.ends[other], data)
+            assert len(heard) == 1
+            assert not isinstance(heard[0], LinkClosed)
+            assert same_message(heard[0], message)
+
+    def greet(self) -> "Pair":
+        wish = "relay" if self.kind is m.CommitKind.RELAYED else "auto"
+        self.say(Role.SOURCE, dataclasses.replace(HELLO, commit=wish))
+        self.say(Role.DESTINATION, welcome(self.kind))
+        return self
+
+    def complete(self) -> "Pair":
+        self.greet().say(Role.SOURCE, *STATE)
+        return self
+
+    def verified(self) -> "Pair":
+        self.complete().say(Role.DESTINATION, m.Verified(DIGEST, 1000))
+        return self
+
+    def both_closed(self) -> bool:
+        return self.src.state is self.dst.state is LinkState.CLOSED
+
+
+EXAMPLES: dict[FrameType, Message] = {
+    message.frame_type: message
+    for message in [
+        *STATE,
+        HELLO,
+        m.Commit(),
+        m.SourceDone(),
+        m.DigestQuery((m.DigestRange(0, 0, 1, DIGEST),)),
+        welcome(),
+        m.Refused("busy", "another migration is under way"),
+        m.Ack(0, 0),
+        m.ReturnPath(b"pong"),
+        m.Verified(DIGEST, 1000),
+        m.Mismatch(DIGEST, DIGEST, 1000),
+        m.DigestReply(()),
+        m.Ready(),
+        m.Running("running"),
+        m.KeepAlive(),
+        m.Abort("cancelled", "by the user", "source"),
+        m.Bye(),
+    ]
+}
+UNGREETED = (LinkState.START, LinkState.GREETING)
+PREFIX = (FrameType.HELLO, FrameType.WELCOME, FrameType.RAM_BLOCKS)
+Steps = tuple[tuple[FrameType, Direction], ...]
+
+
+def example(frame_type: FrameType, kind: m.CommitKind) -> Message:
+    if frame_type is FrameType.WELCOME:
+        return welcome(kind)
+    if frame_type is FrameType.HELLO and kind is m.CommitKind.RELAYED:
+        return dataclasses.replace(HELLO, commit="relay")
+    return EXAMPLES[frame_type]
+
+
+def step(
+    end: LinkConnection, frame_type: FrameType, direction: Direction, kind: m.CommitKind
+) -> None:
+    """Let an end say or hear a message."""
+    message = example(frame_type, kind)
+    if direction is Direction.SENT:
+        end.send(message)
+        return
+    header, payload = encode_message(message)
+    seq = end.sequence.received_seq + 1 if FRAMES[frame_type].numbered else 0
+    feed(end, b"".join(encode_frame(frame_type, seq, header, payload)))
+
+
+def walks(role: Role, kind: m.CommitKind) -> dict[LinkState, Steps]:
+    """A way to every state a role can reach, past RAM_BLOCKS where there is one."""
+
+    def spread(found: dict[LinkState, Steps]) -> dict[LinkState, Steps]:
+        for state in (todo := list(found)):
+            known = None if state in UNGREETED else kind
+            for frame_type, direction in itertools.product(FrameType, Direction):
+                after = next_state(role, known, state, frame_type, direction)
+                if after is not None and after not in found:
+                    found[after] = (*found[state], (frame_type, direction))
+                    todo.append(after)
+        return found
+
+    own = dict.fromkeys(PREFIX[::2] if role is Role.SOURCE else PREFIX[1::2], Direction.SENT)
+    prefix = tuple((t, own.get(t, Direction.RECEIVED)) for t in PREFIX)
+    ways = spread({LinkState.START: ()})
+    return ways | spread({LinkState.PRECOPY: prefix})
+
+
+def end_in(role: Role, kind: m.CommitKind, way: Steps) -> LinkConnection:
+    end = LinkConnection(role)
+    for frame_type, direction in way:
+        step(end, frame_type, direction, kind)
+    return end

@@ -1,0 +1,330 @@
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proto.errors import LocalProtocolError, MessageError
+from proto.guest_events import PAGE_SIZE, RamBlock
+from proto.limits import (
+    MAX_BATCH_PAGES,
+    MAX_SAME_PAGES,
+    MAX_ZERO_PAGES,
+    MAX_ZERO_RUNS,
+    NOT_CACHED,
+)
+from proto.link.frames import FrameType, encode_frame
+from proto.link.pages import (
+    BATCH_HEADER,
+    PageBatch,
+    Pages,
+    RamShape,
+    bytes_by_class,
+    decode_pages,
+    encode_pages,
+    split_zero_pages,
+)
+from tests.strategies import (
+    CACHE_SLOTS,
+    SHAPE_PAGES,
+    page_array,
+    page_batches,
+    same_message,
+)
+
+SHAPE = RamShape(SHAPE_PAGES)
+
+
+def slow_encode(batch: PageBatch) -> bytes:
+    """The documented layout, one page at a time."""
+    runs: list[list[int]] = []
+    for page in batch.zero_pages.tolist():
+        if runs and sum(runs[-1]) == page:
+            runs[-1][1] += 1
+        else:
+            runs.append([page, 1])
+    out = struct.pack(
+        "<HBBHHHHIII",
+        batch.block,
+        batch.codec_id,
+        0,
+        len(runs),
+        len(batch.ref_pages),
+        0,
+        len(batch.literal_pages),
+        batch.same_count,
+        4096 * len(batch.literal_pages),
+        sum(len(part) for part in batch.encoded_buffers),
+    )
+    for first, count in runs:
+        out += struct.pack("<II", first, count)
+    for array in (batch.ref_pages, batch.ref_slots, batch.literal_pages, batch.literal_slots):
+        for number in array.tolist():
+            out += struct.pack("<I", number)
+    return out
+
+
+def slow_is_legal(batch: PageBatch, shape: tuple[int, ...], cache_slots: int) -> bool:
+    """The documented rules on page and slot numbers, one page at a time."""
+    seen: set[int] = set()
+    for array in (batch.zero_pages, batch.ref_pages, batch.literal_pages):
+        pages = array.tolist()
+        if sorted(set(pages)) != pages or seen & set(pages):
+            return False
+        seen |= set(pages)
+    written = [slot for slot in batch.literal_slots.tolist() if slot != NOT_CACHED]
+    return (
+        all(page < shape[batch.block] for page in seen)
+        and len(set(written)) == len(written)
+        and all(slot < cache_slots for slot in [*written, *batch.ref_slots.tolist()])
+    )
+
+
+def decode(header: bytes, payload: bytes = b"") -> PageBatch:
+    return decode_pages("here", header, payload, SHAPE, CACHE_SLOTS)
+
+
+def raw_batch(literal: list[int], slots: list[int] | None = None) -> tuple[bytes, bytes]:
+    batch = PageBatch(
+        0,
+        literal_pages=page_array(literal),
+        literal_slots=page_array(slots or [NOT_CACHED] * len(literal)),
+        encoded=bytes(len(literal) * PAGE_SIZE),
+    )
+    header, payload = encode_pages(batch)
+    return header, b"".join(payload)
+
+
+@given(page_batches())
+def test_a_batch_is_encoded_as_documented_and_comes_back(batch: PageBatch) -> None:
+    header, buffers = encode_pages(batch)
+    assert header == slow_encode(batch)
+    assert all(a is b for a, b in zip(buffers, batch.encoded_buffers, strict=True))
+    got = decode(header, b"".join(buffers))
+    assert same_message(got, batch)
+    assert got.page_count == batch.page_count
+    assert (got.raw_len, got.encoded_len) == (batch.raw_len, batch.encoded_len)
+
+
+@given(page_batches())
+def test_the_byte_account_closes_to_the_byte(batch: PageBatch) -> None:
+    frame = encode_frame(FrameType.PAGES, 1, *encode_pages(batch))
+    found = bytes_by_class(batch)
+    assert set(found) == {"zero", "same", "ref", "delta", "literal", "control"}
+    assert sum(found.values()) == sum(map(len, frame))
+    assert bytes_by_class(decode(encode_pages(batch)[0], b"".join(frame[1:]))) == found
+
+
+numbers = st.lists(st.integers(0, 12), max_size=4).map(page_array)
+
+
+@given(numbers, numbers, numbers, st.lists(st.sampled_from([0, 1, 2, 3, NOT_CACHED])))
+def test_page_and_slot_numbers_are_judged_as_the_slow_reference_judges_them(
+    zero: Pages, ref: Pages, literal: Pages, slots: list[int]
+) -> None:
+    slots = (slots + [0] * 8)[:8]
+    batch = PageBatch(
+        0,
+        zero_pages=zero,
+        same_count=1,
+        ref_pages=ref,
+        ref_slots=page_array([slot % 5 for slot in slots[: len(ref)]]),
+        literal_pages=literal,
+        literal_slots=page_array(slots[4 : 4 + len(literal)]),
+        encoded=bytes(len(literal) * PAGE_SIZE),
+    )
+    header, payload = encode_pages(batch)
+    legal = slow_is_legal(batch, (10,), 3)
+    try:
+        got = decode_pages("here", header, b"".join(payload), RamShape((10,)), 3)
+    except MessageError:
+        assert not legal
+    else:
+        assert legal
+        assert same_message(got, batch)
+
+
+def test_several_buffers_in_a_row_make_one_payload() -> None:
+    parts = tuple(memoryview(bytes([i]) * PAGE_SIZE) for i in range(3))
+    batch = PageBatch(
+        0,
+        literal_pages=page_array([1, 2, 3]),
+        literal_slots=page_array([NOT_CACHED] * 3),
+        encoded=parts,
+    )
+    header, buffers = encode_pages(batch)
+    assert buffers == parts
+    assert decode(header, b"".join(buffers)).encoded_len == 3 * PAGE_SIZE
+
+
+def field(header: bytes, **values: int) -> bytes:
+    names = (
+        *("block", "codec", "reserved", "zero", "ref"),
+        *("delta", "literal", "same", "raw_len", "enc_len"),
+    )
+    fields = dict(zip(names, BATCH_HEADER.unpack_from(header), strict=True)) | values
+    return BATCH_HEADER.pack(*fields.values()) + header[BATCH_HEADER.size :]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"block": 3},
+        {"block": 65535},
+        {"codec": 0},
+        {"codec": 2},
+        {"codec": 4},
+        {"reserved": 1},
+        {"delta": 1},
+        {"zero": 1},
+        {"zero": MAX_ZERO_RUNS + 1},
+        {"ref": 1},
+        {"ref": 1, "literal": 1},
+        {"literal": 1},
+        {"literal": 3},
+        {"literal": 257},
+        {"same": MAX_SAME_PAGES + 1},
+        {"raw_len": 0},
+        {"raw_len": 2 * PAGE_SIZE - 1},
+        {"enc_len": 2 * PAGE_SIZE + 1},
+        {"enc_len": 0},
+        {"raw_len": 1 << 31, "enc_len": 1 << 31},
+    ],
+)
+def test_each_tampered_field_is_refused(values: dict[str, int]) -> None:
+    header, payload = raw_batch([4, 5])
+    assert decode(header, payload).literal_pages.tolist() == [4, 5]
+    with pytest.raises(MessageError):
+        decode(field(header, **values), payload)
+
+
+def test_a_batch_of_another_length_than_its_counts_is_refused() -> None:
+    header, payload = raw_batch([4, 5])
+    for wrong in (header[:-1], header + b"x", header[:-8], header[:10], b""):
+        with pytest.raises(MessageError):
+            decode(wrong, payload)
+    for wrong in (payload[:-1], payload + b"x", b""):
+        with pytest.raises(MessageError):
+            decode(header, wrong)
+
+
+@given(st.data())
+def test_a_mutated_header_gives_a_legal_batch_or_a_message_error(data: st.DataObject) -> None:
+    batch = data.draw(page_batches())
+    encoded, buffers = encode_pages(batch)
+    header = bytearray(encoded)
+    for _ in range(data.draw(st.integers(1, 4))):
+        header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        got = decode(bytes(header), b"".join(buffers))
+    except MessageError:
+        return
+    assert slow_is_legal(got, SHAPE_PAGES, CACHE_SLOTS)
+    assert len(got.ref_pages) + len(got.literal_pages) <= MAX_BATCH_PAGES
+
+
+def zero_header(*runs: tuple[int, int], block: int = 2) -> bytes:
+    fixed = BATCH_HEADER.pack(block, 1, 0, len(runs), 0, 0, 0, 0, 0, 0)
+    return fixed + b"".join(struct.pack("<II", *run) for run in runs)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [(0, 0)],
+        [(5, 1), (5, 1)],
+        [(5, 2), (6, 1)],
+        [(6, 1), (5, 1)],
+        [(69_999, 2)],
+        [(70_000, 1)],
+        [(0xFFFF_FFFF, 1)],
+        [(0, 0xFFFF_FFFF)],
+        [(0xFFFF_FFFF, 0xFFFF_FFFF)],
+        [(0, MAX_ZERO_PAGES + 1)],
+        [(0, MAX_ZERO_PAGES), (MAX_ZERO_PAGES + 1, 1)],
+        [(0, 0x8000_0000), (0, 0x8000_0000)],
+    ],
+)
+def test_zero_runs_must_be_few_apart_and_in_range(runs: list[tuple[int, int]]) -> None:
+    with pytest.raises(MessageError):
+        decode(zero_header(*runs))
+
+
+def test_zero_runs_may_touch_and_reach_the_end_of_the_block() -> None:
+    got = decode(zero_header((3, 1), (4, 2), (69_999, 1)))
+    assert got.zero_pages.tolist() == [3, 4, 5, 69_999]
+    assert len(decode(zero_header((0, MAX_ZERO_PAGES))).zero_pages) == MAX_ZERO_PAGES
+
+
+def test_the_largest_block_can_be_addressed_to_its_last_page() -> None:
+    last = page_array([0xFFFF_FFFF])
+    header, payload = encode_pages(PageBatch(0, zero_pages=last))
+    got = decode_pages("here", header, b"".join(payload), RamShape((1 << 32,)), 0)
+    assert got.zero_pages.tolist() == last.tolist()
+
+
+def test_a_batch_without_any_page_is_refused() -> None:
+    with pytest.raises(MessageError, match="no page"):
+        decode(zero_header())
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        PageBatch(0),
+        PageBatch(0, same_count=-1),
+        PageBatch(0, same_count=MAX_SAME_PAGES + 1),
+        PageBatch(-1, same_count=1),
+        PageBatch(0, same_count=1, codec_id=2),
+        PageBatch(0, ref_pages=page_array([1]), ref_slots=page_array([])),
+        PageBatch(0, literal_pages=page_array([1]), encoded=bytes(4096)),
+        PageBatch(0, same_count=1, encoded=b"x"),
+        PageBatch(
+            0,
+            literal_pages=page_array([1]),
+            literal_slots=page_array([0]),
+            codec_id=3,
+            encoded=bytes(4096),
+        ),
+        PageBatch(0, ref_pages=page_array(range(257)), ref_slots=page_array(range(257))),
+        PageBatch(0, zero_pages=page_array(range(MAX_ZERO_PAGES + 1))),
+        PageBatch(0, zero_pages=page_array(range(0, 2 * MAX_ZERO_RUNS + 1, 2))),
+    ],
+)
+def test_a_batch_that_does_not_fit_the_wire_is_our_mistake(batch: PageBatch) -> None:
+    with pytest.raises((LocalProtocolError, struct.error)):
+        encode_pages(batch)
+
+
+def test_a_full_batch_is_the_limit() -> None:
+    header, payload = raw_batch(list(range(MAX_BATCH_PAGES)))
+    assert decode(header, payload).page_count == MAX_BATCH_PAGES
+    runs = PageBatch(2, zero_pages=page_array(range(0, 2 * MAX_ZERO_RUNS, 2)))
+    assert decode(encode_pages(runs)[0]).page_count == MAX_ZERO_RUNS
+    same = PageBatch(2, same_count=MAX_SAME_PAGES)
+    assert decode(encode_pages(same)[0]).same_count == MAX_SAME_PAGES
+
+
+@given(st.sets(st.integers(0, 300)), st.integers(0, 70_000), st.integers(0, 9000))
+def test_zero_pages_are_split_so_that_every_piece_fits(
+    scattered: set[int], run: int, alternating: int
+) -> None:
+    pages = np.array(
+        [
+            *sorted(scattered),
+            *range(1000, 1000 + run),
+            *range(100_000, 100_000 + 2 * alternating, 2),
+        ],
+        np.uint32,
+    )
+    pieces = split_zero_pages(pages)
+    assert np.array_equal(np.concatenate([*pieces, page_array([])]), pages)
+    shape = RamShape((200_000,))
+    for piece in pieces:
+        header, _ = encode_pages(PageBatch(0, zero_pages=piece))
+        assert len(decode_pages("here", header, b"", shape, 0).zero_pages) == len(piece)
+
+
+def test_a_shape_is_taken_from_the_ram_blocks() -> None:
+    assert RamShape.of([RamBlock("a", 8192), RamBlock("b", 0)]).block_pages == (2, 0)

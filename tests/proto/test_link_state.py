@@ -1,0 +1,184 @@
+import itertools
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+from proto.link.dispatch import FRAMES
+from proto.link.frames import FrameType
+from proto.link.messages import CommitKind
+from proto.link.state import (
+    DESTINATION,
+    DESTINATION_BY_KIND,
+    ENDED,
+    SOURCE,
+    SOURCE_BY_KIND,
+    Direction,
+    LinkState,
+    Role,
+    next_state,
+)
+
+ROOT = Path(__file__).parents[2]
+SENT, RECEIVED = Direction.SENT, Direction.RECEIVED
+BEFORE_COMMIT = [
+    LinkState.GREETING,
+    LinkState.SETUP,
+    LinkState.PRECOPY,
+    LinkState.STOP_AND_COPY,
+    LinkState.DEVICE_STATE,
+    LinkState.STATE_COMPLETE,
+    LinkState.MISMATCHED,
+    LinkState.BISECTING,
+    LinkState.VERIFIED,
+    LinkState.READY,
+]
+
+# a whole world: both ends' states and what is under way in each direction
+World = tuple[LinkState, LinkState, tuple[FrameType, ...], tuple[FrameType, ...]]
+QUEUE = 3
+
+
+def role_may_send(role: Role, frame_type: FrameType) -> bool:
+    rule = FRAMES[frame_type]
+    return rule.from_source if role is Role.SOURCE else rule.from_destination
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("kind", [None, *CommitKind])
+def test_every_pair_of_state_and_message_is_a_move_of_the_right_side_or_nothing(
+    role: Role, kind: CommitKind | None
+) -> None:
+    other = Role.DESTINATION if role is Role.SOURCE else Role.SOURCE
+    moves = 0
+    for state, frame_type, direction in itertools.product(LinkState, FrameType, Direction):
+        after = next_state(role, kind, state, frame_type, direction)
+        if after is None:
+            continue
+        moves += 1
+        sender = role if direction is SENT else other
+        assert role_may_send(sender, frame_type), (state, frame_type, direction)
+        assert after not in (LinkState.START, LinkState.ERROR)
+    tables = (
+        (SOURCE, SOURCE_BY_KIND)
+        if role is Role.SOURCE
+        else (
+            DESTINATION,
+            DESTINATION_BY_KIND,
+        )
+    )
+    assert moves == len(tables[0]) + (len(tables[1][kind]) if kind else 0)
+
+
+def test_tables_of_a_kind_add_rows_and_change_none() -> None:
+    for common, by_kind in ((SOURCE, SOURCE_BY_KIND), (DESTINATION, DESTINATION_BY_KIND)):
+        for table in by_kind.values():
+            assert not common.keys() & table.keys()
+
+
+def test_nothing_is_said_or_heard_after_the_end() -> None:
+    for table in (SOURCE, DESTINATION):
+        for state, frame_type, direction in table:
+            assert state not in (LinkState.CLOSED, LinkState.ERROR)
+            if state is LinkState.BYE_SENT:
+                assert direction is RECEIVED
+            if state is LinkState.BYE_RECEIVED:
+                assert (frame_type, direction) == (FrameType.BYE, SENT)
+
+
+@pytest.mark.parametrize("kind", CommitKind)
+def test_the_source_can_give_up_until_commit_and_never_after(kind: CommitKind) -> None:
+    for state in LinkState:
+        after = next_state(Role.SOURCE, kind, state, FrameType.ABORT, SENT)
+        assert (after is LinkState.ABORT_SENT) == (state in BEFORE_COMMIT)
+
+
+@pytest.mark.parametrize("kind", CommitKind)
+def test_commit_needs_what_its_kind_demands(kind: CommitKind) -> None:
+    allowed = {
+        CommitKind.HELD: {LinkState.READY, LinkState.COMMITTING},
+        CommitKind.WITHHELD: {LinkState.VERIFIED, LinkState.COMMITTING},
+        CommitKind.RELAYED: {LinkState.COMMITTING},
+    }[kind]
+    found = {
+        state
+        for state in LinkState
+        if next_state(Role.SOURCE, kind, state, FrameType.COMMIT, SENT) is not None
+    }
+    assert found == allowed
+
+
+def test_a_guest_that_runs_after_our_abort_is_never_taken_as_normal() -> None:
+    for kind in CommitKind:
+        for state in LinkState:
+            after = next_state(Role.SOURCE, kind, state, FrameType.RUNNING, RECEIVED)
+            assert (after is not None) == (state is LinkState.COMMITTING)
+
+
+def sends(role: Role, kind: CommitKind, state: LinkState) -> list[tuple[FrameType, LinkState]]:
+    # before WELCOME neither side knows the kind
+    known = None if state in (LinkState.START, LinkState.GREETING) else kind
+    found = []
+    for frame_type in FrameType:
+        after = next_state(role, known, state, frame_type, SENT)
+        if after is not None:
+            found.append((frame_type, after))
+    return found
+
+
+def hear(role: Role, kind: CommitKind, state: LinkState, message: FrameType) -> LinkState:
+    known = None if state in (LinkState.START, LinkState.GREETING) else kind
+    after = next_state(role, known, state, message, RECEIVED)
+    assert after is not None, f"{role} in {state} hears {message.name}"
+    return after
+
+
+def successors(world: World, kind: CommitKind) -> list[World]:
+    src, dst, forward, back = world
+    found: list[World] = []
+    if len(forward) < QUEUE:
+        found += [(s, dst, (*forward, t), back) for t, s in sends(Role.SOURCE, kind, src)]
+    if len(back) < QUEUE:
+        found += [(src, s, forward, (*back, t)) for t, s in sends(Role.DESTINATION, kind, dst)]
+    if forward:
+        heard = hear(Role.DESTINATION, kind, dst, forward[0])
+        found.append((src, heard, forward[1:], back))
+    if back:
+        found.append((hear(Role.SOURCE, kind, src, back[0]), dst, forward, back[1:]))
+    return found
+
+
+@pytest.mark.parametrize("kind", CommitKind)
+def test_two_ends_that_keep_to_the_tables_always_understand_each_other(
+    kind: CommitKind,
+) -> None:
+    start: World = (LinkState.START, LinkState.START, (), ())
+    seen = {start}
+    todo = deque(seen)
+    while todo:
+        for world in successors(todo.popleft(), kind):
+            if world not in seen:
+                seen.add(world)
+                todo.append(world)
+    reached = {world[0] for world in seen}
+    assert reached >= {LinkState.CLOSED, LinkState.ABORTED, LinkState.REFUSED}
+    commits = kind is not CommitKind.RELAYED
+    assert (LinkState.RUNNING in reached) == commits
+    for src, dst, forward, back in seen:
+        # one side may run: once COMMIT was said the source has given the guest away
+        if dst is LinkState.RUNNING or FrameType.RUNNING in back:
+            assert src not in BEFORE_COMMIT
+            assert src is not LinkState.ABORT_SENT
+        # nobody is stuck: an end that waits for nothing under way can say something itself
+        if not forward and not back and not {src, dst} & (ENDED | {LinkState.BYE_SENT}):
+            assert sends(Role.SOURCE, kind, src) or sends(Role.DESTINATION, kind, dst)
+
+
+def test_the_printed_tables_are_fresh() -> None:
+    tool = ROOT / "tools" / "print-states"
+    done = subprocess.run(
+        [sys.executable, str(tool), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

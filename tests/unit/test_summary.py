@@ -1,0 +1,128 @@
+"""The text summary: complete, aligned, and clear about where the guest is."""
+
+import re
+
+import pytest
+
+from migrate.errors import GuestOn, MigrationError
+from migrate.report.report import Integrity, Prediction, ReportBuilder
+from migrate.report.summary import guest_line, share_text, shortened, summary_lines
+from tests.unit.report_sample import sample_report
+
+
+def test_a_completed_migration_is_told_in_figures() -> None:
+    text = "\n".join(summary_lines(sample_report()))
+    for expected in (
+        "migration completed\n  guest        destination, running\n",
+        "total        1.78 s, 100 ms of it setting up",
+        "downtime     176 ms (last pages 96 ms, device state 9.0 ms, load 31 ms, verify 18 ms,",
+        "on the wire  793 KiB for 1.64 MiB of pages (47 %)",
+        "guest RAM    1.00 GiB",
+        "commit       held",
+        "QEMU         7.2.22",
+        "integrity    equal, 262 410 pages compared",
+    ):
+        assert expected in text
+    assert "error" not in text
+    assert text.endswith("\n\nthe guest runs on the destination")
+
+
+def test_the_tables_are_aligned() -> None:
+    lines = summary_lines(sample_report())
+    start = next(i for i, line in enumerate(lines) if line.startswith("  class"))
+    table = lines[start : start + 6]
+    column = table[0].index("pages") + len("pages")
+    assert [line[:column].split() for line in table[1:]] == [
+        ["zero", "30"], ["same", "0"], ["ref", "0"], ["delta", "90"], ["literal", "300"]
+    ]  # fmt: skip
+    rounds = next(line for line in lines if line.startswith("  round"))
+    first = lines[lines.index(rounds) + 1]
+    assert first.split() == [
+        "0",
+        "500",
+        "ms",
+        "140",
+        "188",
+        "KiB",
+        "197",
+        "Mbit/s",
+        "-",
+        "zstd:1",
+        "-",
+    ]
+    assert len(first.rstrip()) == len(rounds)
+
+
+def test_a_failed_migration_says_why_and_what_was_not_reached() -> None:
+    error = MigrationError("the link broke", guest_on=GuestOn.SOURCE)
+    lines = summary_lines(ReportBuilder("source", 0).failed(10**9, error, "running"))
+    assert lines[0] == "migration failed"
+    assert lines[1] == "  error        the link broke [failed]"
+    assert "  downtime     none: the guest was not stopped" in lines
+    assert "  integrity    not compared: it did not come to that" in lines
+    assert "  on the wire  0 B for 0 B of pages (-)" in lines
+    assert not any(line.startswith("  round") for line in lines)
+    assert lines[-1] == "the guest runs on the source"
+
+
+def test_everything_unusual_is_told() -> None:
+    report = sample_report()
+    report.integrity = Integrity(7, "a", "b", equal=False)
+    report.opaque_rest = "section 'dirty-bitmap'"
+    report.not_checked = ["the destination's CPU"]
+    report.warnings = ["first", "second"]
+    report.reconnects = 2
+    report.predicted = Prediction(14_000, 200)
+    report.rounds[1].throttle_percent = 40
+    text = "\n".join(summary_lines(report))
+    for expected in (
+        "integrity    NOT EQUAL over 7 pages",
+        "passed on    part of the stream as it was: section 'dirty-bitmap'",
+        "not checked  the destination's CPU",
+        "warning      first\n  warning      second",
+        "reconnects   2",
+        "predicted    total 14.0 s, downtime 200 ms",
+        "40 %",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(("count", "shown"), [(0, 0), (10, 10), (11, 9), (200, 9)])
+def test_long_lists_of_rounds_keep_their_ends(count: int, shown: int) -> None:
+    rounds = sample_report(count).rounds
+    kept = shortened(rounds)
+    assert sum(item is not None for item in kept) == shown
+    assert kept.count(None) == (count > 10)
+    if count > 10:
+        assert [item.n if item else None for item in kept] == [
+            0, 1, 2, 3, None, *range(count - 5, count)
+        ]  # fmt: skip
+        assert f"  … {count - 9} more rounds, all in --report" in summary_lines(
+            sample_report(count)
+        )
+
+
+@pytest.mark.parametrize(
+    ("guest_on", "state", "text"),
+    [
+        (GuestOn.SOURCE, "running", "the guest runs on the source"),
+        (GuestOn.DESTINATION, "running", "the guest runs on the destination"),
+        (GuestOn.SOURCE, None, "the guest is on the source"),
+        (GuestOn.DESTINATION, "paused", "on the destination, not running: QEMU says 'paused'"),
+        (GuestOn.NEITHER, None, "NEITHER side.*'cont' on the source QEMU"),
+        (GuestOn.UNKNOWN, None, "UNKNOWN where the guest runs: start it nowhere before"),
+        (GuestOn.HANDED_OVER, None, "handed over: whoever owns both monitors"),
+    ],
+)
+def test_the_last_line_never_says_more_than_is_known(
+    guest_on: GuestOn, state: str | None, text: str
+) -> None:
+    line = guest_line(guest_on, state)
+    assert "\n" not in line
+    assert re.search(text, line)
+
+
+def test_shares_have_a_digit_more_where_they_are_small() -> None:
+    assert [share_text(1, 3), share_text(1, 30), share_text(0, 3), share_text(0, 0)] == [
+        "33 %", "3.3 %", "0.0 %", "-"
+    ]  # fmt: skip
