@@ -142,6 +142,10 @@ class DestinationRun:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
             error = most_telling(raised)
+            if self._handover is not None and self._handover.run_state is not None:
+                self._session.warn(f"after the guest was taken over: {error}")
+                await guest.keep()
+                return
             await self._discard(guest, error)
             raise error from raised
         finally:
@@ -235,6 +239,17 @@ class DestinationRun:
         self, link: Link, control: trio.MemorySendChannel[Message]
     ) -> None:
         """Read the link as long as the migration lasts; never wait for the guest here."""
+        try:
+            await self._receive_all(link, control)
+        except PeerLostError:
+            if self._handover is None or not self._handover.committed:
+                raise
+        finally:
+            self._source_left.set()
+
+    async def _receive_all(
+        self, link: Link, control: trio.MemorySendChannel[Message]
+    ) -> None:
         assert self._inbound is not None
         async with control:
             while (message := await link.receive()) is not None:
@@ -252,7 +267,6 @@ class DestinationRun:
                         self._source_left.set()
                     case _:
                         await control.send(message)
-            self._source_left.set()
 
     async def _relay(self, guest: DestinationGuest, link: Link) -> None:
         """Pass the destination QEMU's return path on to the source."""

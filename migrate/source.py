@@ -52,6 +52,7 @@ CALL_OFF_S = 45.0
 """Longest time to bring the guest back after a failure."""
 
 FAREWELL_S = 3.0
+FINISH_S = 30.0
 
 
 class SourceRun:
@@ -66,6 +67,7 @@ class SourceRun:
         self._agreement: Agreement | None = None
         self._scope = trio.CancelScope()
         self._cancelled_by: str | None = None
+        self._peer_left = trio.Event()
         self._hold = CommitHold(session) if params.hold_before_commit else CommitHold(None)
 
     def cancel(self, why: str) -> None:
@@ -192,12 +194,17 @@ class SourceRun:
             session.enter("handover")
             await handover.hand_over()
             session.enter("done")
+            await self._farewell(guest, link)
             nursery.cancel_scope.cancel()
+
+    async def _farewell(self, guest: SourceGuest, link: Link) -> None:
+        """The guest is over there; nothing here may undo that, so nothing here fails."""
         with trio.CancelScope(shield=True):
             with trio.move_on_after(FAREWELL_S):
                 await link.try_send(messages.Bye())
-            with trio.move_on_after(30):
-                await guest.finish(quit_guest=params.after == "quit")
+                await self._peer_left.wait()
+            with trio.move_on_after(FINISH_S):
+                await guest.finish(quit_guest=self._params.after == "quit")
 
     def _check_postcopy(self) -> None:
         assert self._outbound is not None
@@ -220,6 +227,17 @@ class SourceRun:
         self, link: Link, guest: SourceGuest, control: trio.MemorySendChannel[Message]
     ) -> None:
         """Read the link as long as the migration lasts."""
+        try:
+            await self._receive_all(link, guest, control)
+        except PeerLostError:
+            if not self._finished():
+                raise
+        finally:
+            self._peer_left.set()
+
+    async def _receive_all(
+        self, link: Link, guest: SourceGuest, control: trio.MemorySendChannel[Message]
+    ) -> None:
         return_path = ReturnPathReader()
         async with control:
             while (message := await link.receive()) is not None:
@@ -235,8 +253,7 @@ class SourceRun:
                         await self._relay(guest, bytes(data), return_path)
                     case _:
                         await control.send(message)
-        if not self._finished():
-            raise PeerLostError(f"{link.peer} left early")
+        raise PeerLostError(f"{link.peer} left early")
 
     def _finished(self) -> bool:
         handover = self._handover

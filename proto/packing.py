@@ -60,10 +60,10 @@ def unpack_fields(
 
 
 def unpack_map(where: str, data: bytes) -> dict[str, object]:
-    """Unpack one msgpack map with text keys, without judging its keys.
+    """Unpack one msgpack map with text keys, without judging keys or values.
 
     Raises:
-        MessageError: ``data`` is not exactly one such map of plain values.
+        MessageError: ``data`` is not exactly one such map.
     """
     try:
         found = msgpack.unpackb(
@@ -80,7 +80,8 @@ def unpack_map(where: str, data: bytes) -> dict[str, object]:
         ) from exc
     if not isinstance(found, dict):
         raise MessageError(where, "a msgpack map", type(found).__name__)
-    plain(where, found)
+    if not all(isinstance(key, str) for key in found):
+        raise MessageError(where, "text keys", "another one")
     return cast("dict[str, object]", found)
 
 

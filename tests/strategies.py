@@ -61,7 +61,8 @@ def page_batches(draw: st.DrawFn) -> PageBatch:
     slots = [free[i] if keep else NOT_CACHED for i, keep in enumerate(kept)]
     raw_len = len(literal) * PAGE_SIZE
     codec_id, encoded_len = CodecId.RAW, raw_len
-    if literal and draw(st.booleans()):
+    packed = draw(st.booleans())
+    if literal and packed:
         codec_id = draw(st.sampled_from([CodecId.LZ4, CodecId.ZSTD]))
         encoded_len = draw(st.integers(1, min(raw_len - 1, 500)))
     encoded = bytes(range(256)) * (encoded_len // 256 + 1)
@@ -82,10 +83,10 @@ def page_batches(draw: st.DrawFn) -> PageBatch:
 @st.composite
 def encoded_data(draw: st.DrawFn) -> tuple[bytes, int, int]:
     """Draw (encoded bytes, raw length, codec) as OPAQUE and DEVICE_STATE carry them."""
-    encoded = draw(st.binary(min_size=1, max_size=300))
+    encoded = draw(st.binary(max_size=300))
     codec_id = draw(st.sampled_from(CodecId))
-    if codec_id is CodecId.RAW:
-        return encoded, len(encoded), codec_id
+    if codec_id is CodecId.RAW or not encoded:
+        return encoded, len(encoded), CodecId.RAW
     return encoded, len(encoded) + draw(st.integers(1, 5000)), codec_id
 
 
@@ -120,6 +121,7 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
         facts=facts,
         facts_missing=texts,
         commit=st.sampled_from(["auto", "relay"]),
+        return_path=st.booleans(),
         paused_at_start=st.booleans(),
         optional=name_lists,
     ),

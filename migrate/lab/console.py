@@ -49,7 +49,10 @@ class Heartbeats:
         """Return the heartbeats that arrived in ``[start_ns, end_ns]`` of host time."""
         chosen = (self.host_ns >= start_ns) & (self.host_ns <= end_ns)
         return Heartbeats(
-            self.counter[chosen], self.guest_ns[chosen], self.host_ns[chosen], self.stall_us[chosen]
+            self.counter[chosen],
+            self.guest_ns[chosen],
+            self.host_ns[chosen],
+            self.stall_us[chosen],
         )
 
     def largest_gap_ns(self) -> int:

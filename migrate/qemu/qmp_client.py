@@ -41,7 +41,8 @@ OOB_COMMANDS: Final = frozenset({"yank", "query-yank", "migrate-recover", "migra
 
 MAX_OUTSTANDING: Final = 6
 """In-band commands sent and not yet answered. QEMU stops reading a monitor with 8 of them
-queued, and with it the out-of-band ones that are to get us out of just that situation."""
+queued (tried: a yank behind 7 gets through, behind 8 it does not), and the out-of-band ones are
+to get us out of just that situation."""
 
 LISTENER_EVENTS: Final = 1024
 """Events one listener holds unread. A migration of an hour emits a few hundred."""

@@ -176,11 +176,11 @@ def _decode_device_state(frame: Frame, _: Context) -> m.DeviceStateData:
 
 
 def _check_data(where: str, codec_id: int, encoded_len: int, raw_len: int) -> None:
-    """Check the lengths of encoded bytes: not empty, within 1 MiB, raw unless they shrink."""
+    """Check the lengths of encoded bytes: within 1 MiB, raw unless they shrink."""
     if codec_id not in frozenset(CodecId):
         raise MessageError(where, "a codec number", str(codec_id))
-    if not 1 <= raw_len <= MAX_DATA_BYTES:
-        raise MessageError(where, f"1 to {MAX_DATA_BYTES} raw bytes", str(raw_len))
+    if not 0 <= raw_len <= MAX_DATA_BYTES:
+        raise MessageError(where, f"at most {MAX_DATA_BYTES} raw bytes", str(raw_len))
     if codec_id == CodecId.RAW:
         if encoded_len != raw_len:
             raise MessageError(where, f"{raw_len} raw bytes", str(encoded_len))

@@ -153,6 +153,7 @@ def test_a_key_that_stands_twice_is_refused() -> None:
         msgpack.packb({"code": "a", "message": "b"}) + b"\xc0",
         msgpack.packb({1: "a", "message": "b"}),
         msgpack.packb({b"code": "a", "message": "b"}),
+        msgpack.packb({"code": "a", "message": "b", b"x": 1, "y": 2}),
         msgpack.packb({"code": msgpack.Timestamp(0), "message": "b"}),
         msgpack.packb({"code": msgpack.ExtType(5, b""), "message": "b"}),
         b"\xdf\xff\xff\xff\xff",
@@ -192,7 +193,7 @@ def test_machine_facts_are_plain(facts: dict[str, object]) -> None:
 
 
 def test_machine_facts_may_be_nested_to_the_limit() -> None:
-    message = dataclasses.replace(HELLO, facts=nested(MAX_NESTING - 2))
+    message = dataclasses.replace(HELLO, facts=nested(MAX_NESTING))
     assert decode_message(frame_of(message), CONTEXT) == message
 
 
@@ -261,8 +262,8 @@ def test_each_limit_is_allowed_and_one_more_is_not(name: str) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        m.OpaqueData(OpaqueKind.HEADER, b"", 0),
-        m.DeviceStateData(b"", 0),
+        m.OpaqueData(OpaqueKind.HEADER, b"", 0, codec_id=2),
+        m.DeviceStateData(b"", -1),
         m.DeviceStateData(b"ab", 2, codec_id=2),
         m.DeviceStateData(b"", 2, codec_id=2),
         m.DeviceStateData(b"ab", 3, codec_id=1),

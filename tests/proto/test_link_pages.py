@@ -116,7 +116,8 @@ def test_the_byte_account_closes_to_the_byte(batch: PageBatch) -> None:
     assert bytes_by_class(decode(encode_pages(batch)[0], b"".join(frame[1:]))) == found
 
 
-numbers = st.lists(st.integers(0, 12), max_size=4).map(page_array)
+increasing = st.sets(st.integers(0, 10), max_size=3).map(sorted)
+numbers = (increasing | increasing | st.lists(st.integers(0, 12), max_size=4)).map(page_array)
 
 
 @given(numbers, numbers, numbers, st.lists(st.sampled_from([0, 1, 2, 3, NOT_CACHED])))
@@ -143,6 +144,74 @@ def test_page_and_slot_numbers_are_judged_as_the_slow_reference_judges_them(
     else:
         assert legal
         assert same_message(got, batch)
+
+
+@pytest.mark.parametrize(
+    ("literal", "slots", "legal"),
+    [
+        ([0, 511], [CACHE_SLOTS - 1, NOT_CACHED], True),
+        ([0, 512], [0, 1], False),
+        ([0, 1], [CACHE_SLOTS, 0], False),
+        ([0, 1], [NOT_CACHED - 1, 0], False),
+        ([0, 1], [5, 5], False),
+        ([0, 1], [NOT_CACHED, NOT_CACHED], True),
+        ([1, 0], [0, 1], False),
+        ([1, 1], [0, 1], False),
+    ],
+)
+def test_literal_pages_and_slots_at_their_bounds(
+    literal: list[int], slots: list[int], legal: bool
+) -> None:
+    header, payload = raw_batch(literal, slots)
+    if legal:
+        assert decode(header, payload).literal_slots.tolist() == slots
+    else:
+        with pytest.raises(MessageError):
+            decode(header, payload)
+
+
+@pytest.mark.parametrize(
+    ("pages", "slots", "legal"),
+    [
+        ([511], [CACHE_SLOTS - 1], True),
+        ([1, 2], [3, 3], True),
+        ([512], [0], False),
+        ([511], [CACHE_SLOTS], False),
+        ([511], [NOT_CACHED], False),
+        ([3, 3], [0, 1], False),
+    ],
+)
+def test_referenced_pages_and_slots_at_their_bounds(
+    pages: list[int], slots: list[int], legal: bool
+) -> None:
+    batch = PageBatch(0, ref_pages=page_array(pages), ref_slots=page_array(slots))
+    header, _ = encode_pages(batch)
+    if legal:
+        assert decode(header).ref_slots.tolist() == slots
+    else:
+        with pytest.raises(MessageError):
+            decode(header)
+
+
+@pytest.mark.parametrize("classes", [("zero", "ref"), ("zero", "literal"), ("ref", "literal")])
+@pytest.mark.parametrize("page", [0, 4, 9])
+def test_a_page_in_two_classes_is_refused(classes: tuple[str, str], page: int) -> None:
+    pages = {"zero": [1, 5], "ref": [2, 6], "literal": [3, 7]}
+    for name in classes:
+        pages[name] = sorted([*pages[name], page])
+    none = page_array([NOT_CACHED] * len(pages["literal"]))
+    batch = PageBatch(
+        0,
+        zero_pages=page_array(pages["zero"]),
+        ref_pages=page_array(pages["ref"]),
+        ref_slots=page_array([0] * len(pages["ref"])),
+        literal_pages=page_array(pages["literal"]),
+        literal_slots=none,
+        encoded=bytes(PAGE_SIZE * len(none)),
+    )
+    header, payload = encode_pages(batch)
+    with pytest.raises(MessageError, match="each page in one class"):
+        decode(header, b"".join(payload))
 
 
 def test_several_buffers_in_a_row_make_one_payload() -> None:
@@ -324,6 +393,16 @@ def test_zero_pages_are_split_so_that_every_piece_fits(
     for piece in pieces:
         header, _ = encode_pages(PageBatch(0, zero_pages=piece))
         assert len(decode_pages("here", header, b"", shape, 0).zero_pages) == len(piece)
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_zero_pages_are_split_at_exactly_the_limits(over: int) -> None:
+    scattered = page_array(range(0, 2 * (MAX_ZERO_RUNS + over), 2))
+    assert len(split_zero_pages(scattered)) == (2 if over > 0 else 1)
+    run = page_array(range(MAX_ZERO_PAGES + over))
+    assert len(split_zero_pages(run)) == (2 if over > 0 else 1)
+    for piece in (*split_zero_pages(scattered), *split_zero_pages(run)):
+        encode_pages(PageBatch(0, zero_pages=piece))
 
 
 def test_a_shape_is_taken_from_the_ram_blocks() -> None:

@@ -1,6 +1,5 @@
 """The preflight on real machines: same ones compare clean, each difference is found."""
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,13 +12,11 @@ from migrate.qemu.machine_facts import MachineFacts
 from migrate.qemu.preflight import collect_facts, compare
 from migrate.qemu.process import OwnedQemu
 from migrate.qemu.qmp_client import QmpClient, open_qmp
+from tests.small_qemu import QEMUS, running_qemu
 
 pytestmark = pytest.mark.qemu
 
-QEMU_7 = "qemu-system-x86_64"
-CACHE = Path(os.environ.get("PRECOPY_CACHE", Path.home() / ".cache" / "precopy"))
-QEMU_10 = str(CACHE / "qemu-10.0" / "qemu-system-x86_64")
-
+QEMU_7, QEMU_10 = QEMUS["7.2"], QEMUS["10.0"]
 COMMON = ["-nodefaults", "-display", "none", "-m", "32M", "-smp", "2"]
 Q35 = ["-machine", "pc-q35-7.2"]
 DEVICES = [
@@ -36,19 +33,11 @@ DEVICES = [
 @asynccontextmanager
 async def source(tmp_path: Path, *arguments: str) -> AsyncIterator[QmpClient]:
     """A QEMU 7.2 that has a guest, not started."""
-    path = tmp_path / "source.sock"
-    command = [QEMU_7, *COMMON, "-S", "-qmp", f"unix:{path},server=on,wait=off", *arguments]
-    with trio.fail_after(60):
-        process = await trio.lowlevel.open_process(command)
-        try:
-            while not path.exists():  # noqa: ASYNC110  no event tells of a new socket
-                await trio.sleep(0.02)
-            async with open_qmp(path) as client:
-                yield client
-        finally:
-            process.kill()
-            with trio.CancelScope(shield=True):
-                await process.wait()
+    async with (
+        running_qemu(tmp_path, "-smp", "2", *arguments) as (path, _),
+        open_qmp(path) as client,
+    ):
+        yield client
 
 
 async def destination_facts(

@@ -1,89 +1,35 @@
-"""The QMP client, the queries and the borrowed settings, against real QEMUs."""
+"""The QMP client and the queries, against real QEMUs of both versions."""
 
-import logging
-import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
 import pytest
 import trio
 import trio.testing
 
 from migrate.errors import GuestError, QmpCommandError, QmpConnectError, QmpInterruptedError
-from migrate.qemu import queries, settings
+from migrate.qemu import queries
 from migrate.qemu.qmp_client import (
     LISTENER_EVENTS,
     MAX_OUTSTANDING,
     EventListener,
-    QmpClient,
     open_qmp,
 )
-from migrate.qemu.queries import Capability, Parameter
-from migrate.qemu.settings import changed_settings
+from migrate.qemu.queries import Parameter
 from proto.errors import LocalProtocolError
 from proto.qemu.qmp import Event
+from tests.small_qemu import (
+    QEMUS,
+    both_versions,
+    qemu_client,
+    running_qemu,
+    unread_socket,
+    wait_status,
+)
 
 pytestmark = pytest.mark.qemu
-
-CACHE: Final = Path(os.environ.get("PRECOPY_CACHE", Path.home() / ".cache" / "precopy"))
-QEMU_7: Final = "qemu-system-x86_64"
-QEMUS: Final = {"7.2": QEMU_7, "10.0": str(CACHE / "qemu-10.0" / "qemu-system-x86_64")}
-both_versions = pytest.mark.parametrize("version", list(QEMUS))
-
-MACHINE: Final = ["-nodefaults", "-display", "none", "-machine", "q35", "-m", "32M", "-S"]
-
-
-@asynccontextmanager
-async def running_qemu(
-    tmp_path: Path, *arguments: str, qemu: str = QEMU_7
-) -> AsyncIterator[tuple[Path, trio.Process]]:
-    """A small QEMU with a QMP socket; surely dead afterwards."""
-    path = tmp_path / "qmp.sock"
-    command = [qemu, *MACHINE, "-qmp", f"unix:{path},server=on,wait=off", *arguments]
-    with trio.fail_after(60):
-        process = await trio.lowlevel.open_process(command)
-        try:
-            await until(path.exists)
-            yield path, process
-        finally:
-            process.kill()
-            with trio.CancelScope(shield=True):
-                await process.wait()
-
-
-@asynccontextmanager
-async def qemu_client(tmp_path: Path, version: str = "7.2") -> AsyncIterator[QmpClient]:
-    async with (
-        running_qemu(tmp_path, qemu=QEMUS[version]) as (path, _),
-        open_qmp(path) as client,
-    ):
-        yield client
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  another process's doing has no event
-        await trio.sleep(0.02)
-
-
-@contextmanager
-def unread_socket(tmp_path: Path) -> Iterator[str]:
-    """Listen without ever reading; returns the URI for a migration that cannot end."""
-    path = tmp_path / "unread.sock"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen(1)
-        yield f"unix:{path}"
-
-
-async def wait_status(client: QmpClient, *statuses: str) -> queries.MigrationStatus:
-    while (status := await queries.query_migrate(client)).status not in statuses:
-        await trio.sleep(0.02)
-    return status
-
 
 # Connecting
 
@@ -368,6 +314,49 @@ async def test_yank_and_cancel_end_a_migration_that_nobody_reads(
 
 
 @both_versions
+async def test_yank_gets_through_while_a_stopped_source_holds_its_main_lock(
+    tmp_path: Path, version: str
+) -> None:
+    """And though as many commands as the client allows already wait for that lock."""
+    path = tmp_path / "stream.sock"
+    answers: list[object] = []
+
+    async def ask() -> None:
+        answers.append(await client.execute("query-status"))
+
+    async with (
+        # Zero pages cost 9 bytes each: 2.4 MB of stream, much more than a socket holds.
+        running_qemu(tmp_path, "-m", "1G", qemu=QEMUS[version]) as (monitor, _),
+        open_qmp(monitor) as client,
+    ):
+        # So high that QEMU stops the guest after its first bandwidth window, 100 ms.
+        await queries.set_parameters(client, {Parameter.DOWNTIME_LIMIT_MS: 2_000_000})
+        await queries.cont(client)
+        listener = trio.socket.socket(trio.socket.AF_UNIX)
+        await listener.bind(str(path))
+        listener.listen(1)
+        with listener, client.listen("STOP", "RESUME") as events:
+            await queries.migrate(client, f"unix:{path}")
+            stream, _ = await listener.accept()
+            with stream:
+                while (event := events.next_nowait()) is None:
+                    await stream.recv(8192)
+                    await trio.sleep(0.01)
+                assert event.name == "STOP"
+                async with trio.open_nursery() as nursery:
+                    for _attempt in range(MAX_OUTSTANDING):
+                        nursery.start_soon(ask)
+                    with trio.move_on_after(0.3):
+                        await events.next()
+                    assert answers == []
+                    await queries.yank_migration(client)
+                assert (await events.next()).name == "RESUME"
+        assert len(answers) == MAX_OUTSTANDING
+        assert (await wait_status(client, "failed")).has_ended
+        assert (await queries.query_run_state(client)).running
+
+
+@both_versions
 async def test_ram_blocks_are_read_from_both_tables(tmp_path: Path, version: str) -> None:
     async with qemu_client(tmp_path, version) as client:
         blocks = {block.idstr: block for block in await queries.query_ram_blocks(client)}
@@ -404,133 +393,3 @@ async def test_quit_ends_qemu(tmp_path: Path) -> None:
         await queries.quit_qemu(client)
         assert await process.wait() == 0
         assert client.is_closed
-
-
-@both_versions
-async def test_a_listening_destination_has_not_begun(tmp_path: Path, version: str) -> None:
-    async with (
-        running_qemu(tmp_path, "-incoming", "defer", qemu=QEMUS[version]) as (path, _),
-        open_qmp(path) as client,
-    ):
-        await queries.migrate_incoming(client, f"unix:{tmp_path}/incoming.sock")
-        assert (await queries.query_migrate(client)).status in {"none", "setup"}
-        assert (await queries.query_run_state(client)).status == queries.RUN_STATE_INCOMING
-        async with changed_settings(client, {}, {Parameter.DOWNTIME_LIMIT_MS: 7}):
-            pass
-        assert (await queries.query_parameters(client))["downtime-limit"] == 300
-
-
-# Settings
-
-
-OURS: Final = {Capability.RETURN_PATH: True, Capability.EVENTS: True}
-
-
-async def current(client: QmpClient) -> tuple[dict[str, bool], dict[str, object]]:
-    return await queries.query_capabilities(client), await queries.query_parameters(client)
-
-
-@both_versions
-async def test_settings_are_ours_inside_and_the_users_after(
-    tmp_path: Path, version: str
-) -> None:
-    async with qemu_client(tmp_path, version) as client:
-        await queries.set_capabilities(client, {Capability.EVENTS: True})
-        await queries.set_parameters(client, {Parameter.MAX_BANDWIDTH_BYTES_PER_S: 12345678})
-        before = await current(client)
-        parameters = {Parameter.DOWNTIME_LIMIT_MS: 1, Parameter.MAX_BANDWIDTH_BYTES_PER_S: 0}
-        async with changed_settings(client, OURS, parameters) as ours:
-            await ours.set_parameters({Parameter.CPU_THROTTLE_INITIAL_PERCENT: 33})
-            capabilities, values = await current(client)
-            assert capabilities["return-path"]
-            assert values["downtime-limit"] == 1
-            assert values["max-bandwidth"] == 0
-            assert values["cpu-throttle-initial"] == 33
-        assert await current(client) == before
-
-
-async def test_settings_are_restored_after_an_error_and_a_cancellation(tmp_path: Path) -> None:
-    async with qemu_client(tmp_path) as client:
-        before = await current(client)
-        with pytest.raises(ZeroDivisionError):
-            async with changed_settings(client, OURS, {}):
-                raise ZeroDivisionError
-        assert await current(client) == before
-        with trio.CancelScope() as scope:
-            async with changed_settings(client, OURS, {Parameter.DOWNTIME_LIMIT_MS: 1}):
-                scope.cancel()
-                await trio.sleep_forever()
-        assert await current(client) == before
-
-
-async def test_settings_that_qemu_does_not_know_are_an_error_unless_optional(
-    tmp_path: Path,
-) -> None:
-    ack, bandwidth = (
-        Capability.SWITCHOVER_ACK,
-        Parameter.AVAIL_SWITCHOVER_BANDWIDTH_BYTES_PER_S,
-    )
-    async with qemu_client(tmp_path) as client:
-        before = await current(client)
-        with pytest.raises(GuestError, match=r"QEMU 7\.2\.\d+ has no .*'switchover-ack'"):
-            async with changed_settings(client, {**OURS, ack: True}, {}):
-                pass
-        with pytest.raises(GuestError, match="no migration parameter"):
-            async with changed_settings(client, OURS, {bandwidth: 1}):
-                pass
-        assert await current(client) == before
-        async with changed_settings(
-            client, {**OURS, ack: True}, {bandwidth: 1}, optional={ack, bandwidth}
-        ) as ours:
-            assert ours.capabilities == OURS
-            assert ours.parameters == {}
-        assert await current(client) == before
-
-
-async def test_a_refused_value_leaves_no_setting_changed(tmp_path: Path) -> None:
-    async with qemu_client(tmp_path) as client:
-        before = await current(client)
-        with pytest.raises(QmpCommandError, match="migrate-set-parameters"):
-            async with changed_settings(client, OURS, {Parameter.DOWNTIME_LIMIT_MS: -1}):
-                pass
-        assert await current(client) == before
-
-
-@both_versions
-async def test_restoring_waits_for_a_cancelled_migration_to_end(
-    tmp_path: Path, version: str
-) -> None:
-    async with qemu_client(tmp_path, version) as client:
-        before = await current(client)
-        with unread_socket(tmp_path) as uri:
-            async with changed_settings(client, OURS, {Parameter.DOWNTIME_LIMIT_MS: 1}):
-                await queries.migrate(client, uri)
-                await wait_status(client, "active", "device")
-                await queries.migrate_cancel(client)
-        assert await current(client) == before
-
-
-async def test_settings_that_cannot_be_restored_are_named_in_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(settings, "RESTORE_TIMEOUT_S", 0.2)
-    async with qemu_client(tmp_path) as client:
-        with unread_socket(tmp_path) as uri:
-            async with changed_settings(client, OURS, {Parameter.DOWNTIME_LIMIT_MS: 1}):
-                await queries.migrate(client, uri)
-                await wait_status(client, "active", "device")
-    warnings = [item.getMessage() for item in caplog.records if item.levelno >= logging.WARNING]
-    assert warnings == [
-        "these settings of QEMU could not be restored: "
-        "downtime-limit=300, return-path=False, events=False"
-    ]
-
-
-async def test_a_qemu_that_exited_needs_nothing_restored(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with qemu_client(tmp_path) as client:
-        async with changed_settings(client, OURS, {Parameter.DOWNTIME_LIMIT_MS: 1}):
-            await queries.quit_qemu(client)
-        assert client.is_closed
-    assert not [item for item in caplog.records if item.levelno >= logging.WARNING]

@@ -1,0 +1,387 @@
+"""A bench for tests of the two commands: real processes, real QEMUs, and what they leave behind.
+
+The guest is a hundred instructions long. It fills memory with noise that does not compress, then
+wakes up 18 times a second, counts, and writes to its hot pages: it boots in a third of a second,
+needs next to no processor, and its counter shows whether it really runs.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, Self
+
+import trio
+
+from migrate.params import default_run_dir
+from migrate.qemu import queries
+from migrate.qemu.qmp_client import QmpClient, open_qmp
+
+QEMU: Final = "qemu-system-x86_64"
+RAM_KIB: Final = 65544
+"""Not a multiple of 256 KiB: QEMU 7.2 under TCG loses dirty pages of such RAM otherwise."""
+
+TEST_S: Final = 90.0
+"""A test that takes longer hangs; most take three seconds."""
+
+COUNTER_ADDRESS: Final = 0x200000
+NOISE_ADDRESS: Final = 0x400000
+_NOISE_DWORDS_OFFSET: Final = 0x20
+_HOT_PAGES_OFFSET: Final = 0x24
+
+_KERNEL: Final = bytes.fromhex(
+    # Multiboot header: magic, flags (addresses given), checksum, header, load, 0, 0, entry;
+    # then the number of noise words, the number of hot pages, and a flat GDT.
+    "02b0ad1b00000100fe4f51e4000010000000100000000000000000004c001000"
+    "1111111122222222 0000000000000000ffff0000009acf00ffff00000092cf00"
+    # GDTR, IDTR (vectors 0 to 8 at 0x1000)
+    "170028001000 470000100000"
+    # cli; mov esp,0x90000; lgdt; ljmp 8; ds = es = ss = 16
+    "fa bc00000900 0f011540001000 ea600010000800 66b81000 8ed8 8ec0 8ed0"
+    # edi = 0x400000; ecx = noise words; eax = seed; do { noise(); stosd } while (--ecx)
+    "bf00004000 8b0d20001000 b891f44525 e853000000 ab e2f8"
+    # vector 8, the BIOS's timer interrupt: selector 8, interrupt gate
+    "b9e8001000 66890d40100000 66c705421000000800 66c70544100000008e c1e910 66890d46100000"
+    # lidt; sti; idle: hlt; ++counter; for (edi = 0x400000, ecx = hot pages; ecx; --ecx,
+    # edi += 4096) [edi] += ecx; jmp idle
+    "0f011d46001000 fb f4 ff0500002000 bf00004000 8b0d24001000 e3ec"
+    "010f 81c700100000 e2f6 ebe0"
+    # noise: xorshift of eax; ret
+    "89c2 c1e20d 31d0 89c2 c1ea11 31d0 89c2 c1e205 31d0 c3"
+    # timer: acknowledge at the interrupt controller; iret
+    "50 b020 e620 58 cf"
+)
+
+
+def kernel(noise_mib: int, hot_pages: int) -> bytes:
+    """The guest: ``noise_mib`` of incompressible pages, the first ``hot_pages`` of them hot."""
+    image = bytearray(_KERNEL)
+    struct.pack_into("<I", image, _NOISE_DWORDS_OFFSET, max(1, noise_mib << 18))
+    struct.pack_into("<I", image, _HOT_PAGES_OFFSET, hot_pages)
+    return bytes(image)
+
+
+class Machine:
+    """A QEMU of the user's, with one monitor for the engine and one for the test.
+
+    Attributes:
+        process: QEMU.
+        qmp: The monitor that the engine is given.
+        monitor: The test's own.
+    """
+
+    def __init__(self, process: trio.Process, qmp: Path, monitor: QmpClient) -> None:
+        self.process = process
+        self.qmp = qmp
+        self.monitor = monitor
+
+    async def ticks(self) -> int:
+        """The guest's counter."""
+        return await ticks(self.monitor)
+
+    async def run_state(self) -> str:
+        return (await queries.query_run_state(self.monitor)).status
+
+    async def runs(self) -> bool:
+        """Whether the guest really goes on, now."""
+        return await runs(self.monitor)
+
+    async def settings(self) -> tuple[dict[str, bool], dict[str, Any]]:
+        """Migration capabilities and parameters."""
+        capabilities = await queries.query_capabilities(self.monitor)
+        return capabilities, await queries.query_parameters(self.monitor)
+
+    async def wait_run_state(self, *wanted: str) -> None:
+        while await self.run_state() not in wanted:
+            await trio.sleep(0.02)
+
+    async def wait_round(self, syncs: int) -> None:
+        """Wait until the migration's dirty bitmap was synced ``syncs`` times."""
+        while True:
+            status = await queries.query_migrate(self.monitor)
+            if status.status == "active" and status.ram is not None:
+                if status.ram.dirty_sync_count >= syncs:
+                    return
+            await trio.sleep(0.02)
+
+    async def migrate(self, uri: str) -> None:
+        """What a person types into the monitor."""
+        await queries.migrate(self.monitor, uri)
+
+
+async def ticks(client: QmpClient) -> int:
+    """Read the guest's counter over QMP."""
+    line = {"command-line": f"xp /1wx {COUNTER_ADDRESS:#x}"}
+    answer = await client.execute("human-monitor-command", **line)
+    assert isinstance(answer, str)
+    return int(answer.split()[1], 16)
+
+
+async def runs(client: QmpClient) -> bool:
+    """Whether the guest's counter advances: within half a second, or never."""
+    before = await ticks(client)
+    with trio.move_on_after(0.5):
+        while await ticks(client) == before:
+            await trio.sleep(0.02)
+        return True
+    return False
+
+
+class Command:
+    """A migrate-src or migrate-dst under way.
+
+    Attributes:
+        process: The command.
+        lines: What it said on stderr.
+        report_path: Its ``--report``.
+        state_dir: Its ``--state-dir``.
+        run_dir: Where its sockets are.
+    """
+
+    def __init__(self, process: trio.Process, folder: Path, run_dir: Path) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.report_path = folder / "report.json"
+        self.state_dir = folder / "state"
+        self.run_dir = run_dir
+        self._news = trio.Event()
+        self._ended = False
+
+    async def read_lines(self) -> None:
+        """Collect what the command says until it ends; run this as a task."""
+        assert self.process.stderr is not None
+        rest = b""
+        async for data in self.process.stderr:
+            *lines, rest = (rest + data).split(b"\n")
+            self.lines += [line.decode(errors="replace") for line in lines]
+            self._notify()
+        self._ended = True
+        self._notify()
+
+    def _notify(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    async def wait_line(self, pattern: str) -> re.Match[str]:
+        """Wait for a line that the pattern is found in, also among those said before."""
+        seen = 0
+        while True:
+            for line in self.lines[seen:]:
+                if match := re.search(pattern, line):
+                    return match
+            seen = len(self.lines)
+            assert not self._ended, f"no line with '{pattern}' in:\n{self.text}"
+            await self._news.wait()
+
+    async def wait(self) -> int:
+        """Wait for the exit status; everything it said is in ``lines`` then."""
+        status = await self.process.wait()
+        while not self._ended:
+            await self._news.wait()
+        return status
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self.report_path.read_text())
+        return report
+
+    @property
+    def error(self) -> str:
+        """The error's text, as in the report."""
+        return str(self.report["error"]["message"])
+
+    @property
+    def guest_on(self) -> str:
+        return str(self.report["guest_on"])
+
+    @property
+    def state_files(self) -> list[str]:
+        """States that the handover left recorded."""
+        files = sorted(self.state_dir.glob("*")) if self.state_dir.exists() else []
+        return [json.loads(path.read_text())["state"] for path in files]
+
+    def kill(self) -> None:
+        """As a crash would."""
+        self.process.kill()
+
+
+class Destination(Command):
+    """A migrate-dst that listens on ``port``."""
+
+    port = 0
+
+
+class Bench:
+    """Everything of one test; dead and gone when the test ends."""
+
+    def __init__(self, folder: Path, nursery: trio.Nursery, stack: AsyncExitStack) -> None:
+        self.folder = folder
+        self._nursery = nursery
+        self._stack = stack
+        self._machines: list[int] = []
+        self._count = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, folder: Path) -> AsyncIterator[Self]:
+        """Start a test; whatever it started is killed at the end."""
+        with trio.fail_after(TEST_S):
+            async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+                bench = cls(folder, nursery, stack)
+                try:
+                    yield bench
+                finally:
+                    for pid in bench.processes():
+                        os.kill(pid, signal.SIGKILL)
+                nursery.cancel_scope.cancel()
+
+    # --- QEMU -----------------------------------------------------------------------------------
+
+    def qemu_command(
+        self, *more: str, ram_kib: int = RAM_KIB, noise_mib: int = 0, hot_pages: int = 0
+    ) -> list[str]:
+        """The command line of the guest; the same on both sides."""
+        path = self.folder / f"kernel-{noise_mib}-{hot_pages}"
+        path.write_bytes(kernel(noise_mib, hot_pages))
+        machine = [] if "-machine" in more else ["-machine", "pc-q35-7.2"]
+        return [
+            *(QEMU, *machine, "-nodefaults", "-display", "none", "-m", f"{ram_kib}K"),
+            *("-kernel", str(path), "-device", "virtio-balloon-pci,addr=0x4", *more),
+        ]
+
+    async def source(self, *more: str, noise_mib: int = 0, hot_pages: int = 0) -> Machine:
+        """Start the guest and wait until it counts (not if it is started with ``-S``)."""
+        command = self.qemu_command(*more, noise_mib=noise_mib, hot_pages=hot_pages)
+        machine = await self.machine(command)
+        while "-S" not in more and not await machine.ticks():
+            await trio.sleep(0.02)
+        return machine
+
+    async def machine(self, command: Sequence[str]) -> Machine:
+        """Start a QEMU with two monitors."""
+        self._count += 1
+        paths = [self.folder / f"q{self._count}{name}" for name in "ab"]
+        arguments = [
+            word for path in paths for word in ("-qmp", f"unix:{path},server=on,wait=off")
+        ]
+        process = await trio.lowlevel.open_process([*command, *arguments], env=self._environ())
+        self._machines.append(process.pid)
+        while not paths[1].exists():
+            assert process.poll() is None, "QEMU ended at its start"
+            await trio.sleep(0.02)
+        monitor = await self.monitor(paths[1])
+        return Machine(process, paths[0], monitor)
+
+    async def monitor(self, path: Path) -> QmpClient:
+        """Open a monitor until the end of the test."""
+        return await self._stack.enter_async_context(open_qmp(path))
+
+    # --- the commands ---------------------------------------------------------------------------
+
+    async def destination(self, *arguments: str, qemu: Sequence[str] | None = None) -> Destination:
+        """Start migrate-dst, with a QEMU of its own if given, and wait until it listens."""
+        command = await self.start_destination(*arguments, qemu=qemu)
+        listening = await command.wait_line(r"listening on \S+:(\d+) for migrate-src")
+        command.port = int(listening[1])
+        return command
+
+    async def start_destination(
+        self, *arguments: str, qemu: Sequence[str] | None = None
+    ) -> Destination:
+        """Start migrate-dst."""
+        self._count += 1
+        folder = self.folder / f"d{self._count}"
+        folder.mkdir()
+        run_dir = folder / "r"
+        words = ["--listen", "127.0.0.1:0", "--run-dir", str(run_dir), *arguments]
+        if qemu is not None:
+            words += ["--", *qemu]
+        process = await self._start("migrate-dst", folder, words)
+        command = Destination(process, folder, run_dir)
+        self._nursery.start_soon(command.read_lines)
+        return command
+
+    async def start_source(
+        self, way: Machine | str | Path, port: int, *arguments: str
+    ) -> Command:
+        """Start migrate-src; ``way`` is a machine, the path of a monitor, or a gateway address."""
+        self._count += 1
+        folder = self.folder / f"s{self._count}"
+        folder.mkdir()
+        words = ["--to", f"127.0.0.1:{port}", *arguments]
+        match way:
+            case Machine():
+                words += ["--qmp", str(way.qmp)]
+            case Path():
+                words += ["--qmp", str(way)]
+            case str():
+                words += ["--gateway", way]
+        process = await self._start("migrate-src", folder, words)
+        command = Command(process, folder, default_run_dir(self._environ(), os.getuid()))
+        self._nursery.start_soon(command.read_lines)
+        return command
+
+    async def _start(self, program: str, folder: Path, words: list[str]) -> trio.Process:
+        path = Path(sys.executable).with_name(program)
+        output = ["--report", str(folder / "report.json"), "--state-dir", str(folder / "state")]
+        return await trio.lowlevel.open_process(
+            [str(path), *output, *words], env=self._environ(), stderr=-1
+        )
+
+    def _environ(self) -> dict[str, str]:
+        return {**os.environ, "XDG_RUNTIME_DIR": str(self.folder), self._mark: "1"}
+
+    @property
+    def _mark(self) -> str:
+        """A variable that tells the processes of this test, and their children, from all others."""
+        return "PRECOPY_TEST_" + re.sub(r"\W", "_", str(self.folder))
+
+    # --- what is left ---------------------------------------------------------------------------
+
+    def processes(self) -> list[int]:
+        """Processes of this test that are alive."""
+        mark = self._mark.encode() + b"="
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                marked = any(v.startswith(mark) for v in (path / "environ").read_bytes().split(b"\0"))
+                zombie = (path / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                continue
+            if marked and not zombie:
+                found.append(int(path.name))
+        return found
+
+    async def left_behind(self, *commands: Command) -> list[str]:
+        """Processes and sockets that commands which ended have left; waits for dying ones."""
+        with trio.move_on_after(5):
+            while found := self._left(commands):
+                await trio.sleep(0.02)
+            return []
+        return self._left(commands)
+
+    def _left(self, commands: Sequence[Command]) -> list[str]:
+        known = {*self._machines, *(command.process.pid for command in commands)}
+        found = [f"process {pid}" for pid in self.processes() if pid not in known]
+        for command in commands:
+            for folder in command.run_dir.glob(f"{command.process.pid}-*"):
+                found += [str(path) for path in (folder, *folder.rglob("*"))]
+        return found
+
+
+def free_port() -> int:
+    """A TCP port on which nobody listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
