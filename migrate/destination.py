@@ -42,6 +42,7 @@ from proto.link.connection import LinkConnection
 from proto.link.dispatch import FRAMES
 from proto.link.messages import CommitKind, Hello, Message
 from proto.link.state import Role
+from proto.packing import clip_text
 
 MAX_STRANGERS = 16
 """Connections that may be introducing themselves at a time."""
@@ -63,7 +64,11 @@ class DestinationRun:
         self._inbound: Inbound | None = None
         self._handover: DestinationHandover | None = None
         self._state_file: StateFile | None = None
+        self._qemu: OwnedQemu | None = None
         self._source_left = trio.Event()
+        self._source_said_bye = False
+        self._source_gave_up = False
+        self._source_done = False
         self._taken = False
 
     def cancel(self, why: str) -> None:
@@ -118,7 +123,12 @@ class DestinationRun:
             self._params.state_dir, "destination", secrets.token_bytes(16)
         )
         self._session.enter("starting QEMU")
-        qemu = await OwnedQemu.start(argv, run_dir / "qemu", self._state_file.path)
+        qemu_dir = run_dir / "qemu"
+        try:
+            qemu = self._qemu = await OwnedQemu.start(argv, qemu_dir, self._state_file.path)
+        except BaseException:
+            _remove_run_files(qemu_dir)
+            raise
         try:
             with trio.move_on_after(START_S) as starting:
                 await qemu.wait_qmp_ready()
@@ -132,7 +142,7 @@ class DestinationRun:
             if self._handover is None or not self._handover.committed:
                 with trio.CancelScope(shield=True), trio.move_on_after(DISCARD_S):
                     await qemu.kill()
-                _remove_run_files(qemu)
+                _remove_run_files(qemu_dir)
 
     async def _take_in_or_discard(self, guest: DestinationGuest) -> None:
         try:
@@ -158,7 +168,8 @@ class DestinationRun:
         if handover is not None and handover.committed:
             return
         with trio.CancelScope(shield=True), trio.move_on_after(DISCARD_S):
-            if self._agreement is not None and self._state_file is not None:
+            if self._source_may_have_committed():
+                assert self._state_file is not None
                 self._state_file.write(ABORTED, reason=error.code)
             try:
                 done = await guest.discard()
@@ -166,10 +177,22 @@ class DestinationRun:
                 error.guest_on = GuestOn.UNKNOWN
                 done = str(undead)
             self._session.say(done)
+            if self._source_done:
+                self._session.warn(
+                    "the source had let its guest go; if it does not run there, 'cont' in the "
+                    "source's monitor brings it back"
+                )
             if self._link is not None:
                 with trio.move_on_after(FAREWELL_S):
-                    abort = messages.Abort(error.code, str(error), error.guest_on.value)
+                    text = clip_text(str(error))
+                    abort = messages.Abort(error.code, text, error.guest_on.value)
                     await self._link.try_send(abort)
+
+    def _source_may_have_committed(self) -> bool:
+        """From VERIFIED on the source may record COMMIT_SENT, until it says that it gives up."""
+        handover = self._handover
+        verified = handover is not None and handover.times.verified_ns is not None
+        return verified and not self._source_gave_up
 
     # --- the migration ------------------------------------------------------------------------
 
@@ -217,6 +240,7 @@ class DestinationRun:
             nursery.start_soon(link.keep_alive)
             nursery.start_soon(self._receive, link, to_control)
             nursery.start_soon(self._show_progress)
+            nursery.start_soon(guest.watch)
             await inbound.wait_flowing()
             await guest.receive()
             if agreement.kind is CommitKind.RELAYED:
@@ -229,11 +253,20 @@ class DestinationRun:
             nursery.cancel_scope.cancel()
 
     async def _farewell(self, guest: DestinationGuest, link: Link) -> None:
+        """The guest is here; its record may go once the source knows that too."""
         with trio.CancelScope(shield=True):
             with trio.move_on_after(FAREWELL_S):
                 await link.try_send(messages.Bye())
                 await self._source_left.wait()
             await guest.keep()
+            if self._source_said_bye and self._state_file is not None:
+                self._state_file.remove()
+        if self._qemu is not None:
+            qemu = self._qemu
+            self._session.say(
+                f"the guest's QEMU is process {qemu.pid}, its monitor is {qemu.qmp_path}, "
+                f"its log {qemu.log_path}"
+            )
 
     async def _receive(
         self, link: Link, control: trio.MemorySendChannel[Message]
@@ -260,10 +293,15 @@ class DestinationRun:
                     case messages.KeepAlive():
                         pass
                     case messages.Abort(_, text, guest_on):
+                        self._source_gave_up = True
                         raise PeerRefusedError(
                             f"the source gave up: {text}", guest_on=GuestOn(guest_on)
                         )
+                    case messages.SourceDone():
+                        self._source_done = True
+                        await control.send(message)
                     case messages.Bye():
+                        self._source_said_bye = True
                         self._source_left.set()
                     case _:
                         await control.send(message)
@@ -347,9 +385,9 @@ class DestinationRun:
         )
 
 
-def _remove_run_files(qemu: OwnedQemu) -> None:
-    """Remove what a QEMU that is dead left in its directory; its log was quoted where it mattered."""
-    for path in (qemu.qmp_path, qemu.log_path):
-        path.unlink(missing_ok=True)
-    if qemu.run_dir.is_dir() and not any(qemu.run_dir.iterdir()):
-        qemu.run_dir.rmdir()
+def _remove_run_files(directory: Path) -> None:
+    """Remove what a QEMU of ours that is dead left; its log was quoted where it mattered."""
+    for name in ("qmp.sock", "qemu.log"):
+        (directory / name).unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()

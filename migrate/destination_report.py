@@ -49,5 +49,5 @@ def _integrity(inbound: Inbound) -> Integrity:
         pages=applier.table.page_count,
         source_digest=end.ram_digest.hex(),
         destination_digest=mine.hex(),
-        equal=mine == end.ram_digest,
+        equal=(mine, inbound.opaque_digest) == (end.ram_digest, end.opaque_digest),
     )

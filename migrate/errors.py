@@ -1,4 +1,4 @@
-"""Errors of the engine: one class per reaction, each with its exit code and what it knows of the guest."""
+"""Errors of the engine: one class per reaction, with exit code and what it knows of the guest."""
 
 import enum
 

@@ -50,8 +50,10 @@ from migrate.inbound import Inbound
 from migrate.outbound import Outbound
 from migrate.state_file import ABORTED, COMMIT_SENT, COMMITTED, RUNNING, StateFile
 from migrate.transport.link import Link
+from proto.limits import MAX_DIGEST_RANGES
 from proto.link import messages
 from proto.link.messages import CommitKind, Message
+from proto.packing import clip_text
 
 RUNNING_S = 90.0
 """From COMMIT to RUNNING: ``cont`` activates disks, which may wait for slow storage."""
@@ -83,6 +85,7 @@ class SourceHandover:
         commit_sent: The point of no return was passed.
         running: The destination said that the guest goes on there.
         destination_digest: What the destination said of its RAM.
+        equal: Whether RAM and device state arrived as they left; None before the comparison.
         shut_relayed: The owner of both monitors has been told to commit (``relayed``).
     """
 
@@ -98,6 +101,7 @@ class SourceHandover:
     running: messages.Running | None = None
     destination_digest: bytes | None = None
     shut_relayed: bool = False
+    equal: bool | None = None
     _shut: trio.Event = field(default_factory=trio.Event)
 
     async def hand_over(self) -> None:
@@ -128,6 +132,7 @@ class SourceHandover:
         answer = await self._expect(messages.Verified, messages.Mismatch)
         self.times.verified_ns = time.monotonic_ns()
         self.destination_digest = answer.ram_digest
+        self.equal = isinstance(answer, messages.Verified)
         if isinstance(answer, messages.Mismatch):
             where = await self._bisect(answer)
             raise IntegrityError(
@@ -143,18 +148,23 @@ class SourceHandover:
         if classifier is None or mismatch.ram_digest == classifier.table.digest():
             return "the device state differs"
         ranges = [
-            (block, 0, info.page_count) for block, info in enumerate(self.outbound.state.blocks)
+            (block, 0, info.page_count)
+            for block, info in enumerate(self.outbound.state.blocks)
+            if info.page_count
         ]
         while True:
+            asked, ranges = ranges[:MAX_DIGEST_RANGES], ranges[MAX_DIGEST_RANGES:]
             query = tuple(
                 messages.DigestRange(b, p, n, classifier.table.range_digest(b, p, n))
-                for b, p, n in ranges
+                for b, p, n in asked
             )
             await self.link.send(messages.DigestQuery(query))
             reply = await self._expect(messages.DigestReply)
-            if not reply.differing:
+            if not reply.differing and not ranges:
                 return "the page tables differ in a place that cannot be found"
-            block, first, count = ranges[reply.differing[0]]
+            if not reply.differing:
+                continue
+            block, first, count = asked[reply.differing[0]]
             if count == 1:
                 name = self.outbound.state.blocks[block].idstr
                 more = len(reply.differing) - 1
@@ -329,12 +339,12 @@ class DestinationHandover:
         try:
             done = await self.guest.discard()
         except GuestError as undead:
-            message = f"{error}; {undead}"
+            message = clip_text(f"{error}; {undead}")
             await self.link.try_send(messages.Abort("run-failed", message, "unknown"))
             return
         self.committed = False
         self.state_file.write(ABORTED, peer=self.link.peer, guest=self.guest.name)
-        message = f"the guest could not run at the destination: {error}; {done}"
+        message = clip_text(f"the guest could not run at the destination: {error}; {done}")
         await self.link.try_send(messages.Abort("run-failed", message, "neither"))
 
     async def _expect(self, *types: type[M]) -> M:

@@ -18,8 +18,10 @@ from migrate.qemu.preflight import Difference, Severity, compare
 from migrate.transport.link import Link
 from proto.errors import MessageError
 from proto.guest_events import PAGE_SIZE
+from proto.limits import MAX_WARNINGS
 from proto.link import messages
 from proto.link.messages import CommitKind, Hello, Welcome
+from proto.packing import clip_text
 
 ANSWER_S = 60.0
 """From HELLO to WELCOME: the destination asks its QEMU about the machine."""
@@ -116,17 +118,19 @@ async def answer_hello(
         errors = [d.text for d in differences if d.severity is Severity.ERROR]
         if errors:
             raise MachineMismatchError(
-                "the two machines differ: " + "; ".join(errors) + ". The guest stays where it is"
+                "the two machines differ: "
+                + "; ".join(errors)
+                + ". The guest stays where it is"
             )
     except MigrationError as error:
-        await link.try_send(messages.Refused(error.code, str(error)))
+        await link.try_send(messages.Refused(error.code, clip_text(str(error))))
         raise
     kind = commit_kind(
         relay=hello.commit == "relay",
         commanded=guest.commanded,
         return_path=hello.return_path,
     )
-    warnings = tuple(d.text for d in differences if d.severity is not Severity.ERROR)
+    warnings = tuple(clip_text(d.text) for d in differences if d.severity is not Severity.ERROR)
     slot_count = min(hello.cache_slots, cache_max_bytes // PAGE_SIZE)
     await link.send(
         Welcome(
@@ -134,7 +138,7 @@ async def answer_hello(
             cache_slots=slot_count,
             facts=facts.machine,
             facts_missing=facts.missing,
-            warnings=warnings,
+            warnings=warnings[:MAX_WARNINGS],
         )
     )
     return Agreement(

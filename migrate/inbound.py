@@ -6,7 +6,6 @@ The link is always read, so that keep-alives never wait behind a busy QEMU; the 
 bounds what piles up here, and a source that ignores it is cut off.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import trio
@@ -89,6 +88,11 @@ class Inbound:
         self._unmarked_bytes = 0
         self._answers = trio.Event()
         self._flowing = trio.Event()
+        self._news = trio.Event()
+        self._consumption = trio.Event()
+        self._watching = trio.CancelScope()
+        self._consumed_seq = 0
+        self._last_seq: int | None = None
         self.state = InboundState()
 
     @property
@@ -103,6 +107,7 @@ class Inbound:
             PeerProtocolError: The source sends far beyond its window.
         """
         self._flowing.set()
+        self._news.set()
         size = len(message.encoded) if isinstance(message, PageBatch) else PAGE_SIZE
         if self._queue.bytes_waiting + size > MAX_QUEUED_BYTES:
             raise PeerProtocolError(f"{self._link.peer} ignores the window it was given")
@@ -126,6 +131,7 @@ class Inbound:
         self._ledger.start_round(0, 0)
         to_load, decoded = trio.open_memory_channel[tuple[int, list[GuestEvent], int]](1)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_consumed)
             nursery.start_soon(self._acknowledge)
             nursery.start_soon(self._decode_all, to_load)
             await self._load_all(decoded)
@@ -205,29 +211,47 @@ class Inbound:
                 self.state.loaded_seq = seq
                 if any(_opens_return_path(event) for event in events):
                     self._answers.set()
-                await self._mark(seq, events, size)
-        await self._guest.mark(self.state.loaded_seq)
+                await self._mark(seq, size)
+        self._last_seq = self.state.loaded_seq
+        await self._guest.mark(self._last_seq)
+        while not self._all_consumed:
+            await self._consumption.wait()
+        self._watching.cancel()
+        self._news.set()
 
-    async def _mark(self, seq: int, events: Iterable[GuestEvent], size: int) -> None:
+    async def _mark(self, seq: int, size: int) -> None:
         """Ask for a confirmation where a megabyte went out, or the source may be waiting for it.
 
         No mark can be set before the return path is open.
         """
         self._unmarked_bytes += size
-        if not self._answers.is_set() or not events:
+        if not self._answers.is_set():
             return
         if self._unmarked_bytes >= MARK_BYTES // 4 or self._queue.is_empty:
             self._unmarked_bytes = 0
             await self._guest.mark(seq)
 
+    @property
+    def _all_consumed(self) -> bool:
+        return self._last_seq is not None and self._consumed_seq >= self._last_seq
+
+    async def _watch_consumed(self) -> None:
+        """Follow what the guest has consumed until ``_load_all`` has seen enough."""
+        with self._watching:
+            await self._answers.wait()
+            while True:
+                self._consumed_seq = await self._guest.wait_consumed(self._consumed_seq)
+                self._news.set()
+                self._consumption.set()
+                self._consumption = trio.Event()
+
     async def _acknowledge(self) -> None:
-        """Tell the source what the guest has consumed, as it says so, up to END_OF_STATE."""
-        consumed = 0
-        await self._answers.wait()
-        while self.state.end is None or consumed < self.state.loaded_seq:
-            consumed = await self._guest.wait_consumed(consumed)
+        """Tell the source what arrived and what was consumed; one task, so never backwards."""
+        while not self._all_consumed:
+            await self._news.wait()
+            self._news = trio.Event()
             received = self._link.connection.sequence.received_seq
-            await self._link.send(messages.Ack(received, consumed))
+            await self._link.send(messages.Ack(received, self._consumed_seq))
 
 
 def _opens_return_path(event: GuestEvent) -> bool:

@@ -157,12 +157,15 @@ class Outbound:
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
         self._choice = CodecChoice(ENCODE_THREADS)
         self.goodput = Goodput()
+        self._carried = Goodput()
         self.credit = CreditPolicy(self.goodput)
         self._acked = trio.Event()
         self._sent_ns: dict[int, int] = {}
         self._framed_wire_bytes = self._framed_raw_bytes = 0
         self._consumed_wire_bytes = self._consumed_raw_bytes = 0
         self._starved = True
+        self._received_wire_bytes = 0
+        self._link_idle = True
         self._bucket = (
             TokenBucket(max_bandwidth_bps, max(64 * 1024, max_bandwidth_bps // 50))
             if max_bandwidth_bps
@@ -296,7 +299,7 @@ class Outbound:
         wish = self._compress
         if wish.mode != "auto":
             return CodecSetting(wish.mode, (wish.level or 1) if wish.mode == "zstd" else 0)
-        return self._choice.choose(self.goodput.estimate(time.monotonic_ns()))
+        return self._choice.choose(self._carried.estimate(time.monotonic_ns()))
 
     # --- encode -------------------------------------------------------------------------------
 
@@ -422,6 +425,7 @@ class Outbound:
         self._framed_wire_bytes += wire_bytes
         self._framed_raw_bytes = self._consumed_raw_bytes + window.outstanding_raw_bytes
         self.goodput.sent(wire_bytes, now_ns)
+        self._carried.sent(wire_bytes, now_ns)
         if isinstance(item.message, PageBatch):
             round_no = min(item.round_no, len(self._ledger.rounds) - 1)
             self._ledger.add_pages(round_no, item.pages, bytes_by_class(item.message))
@@ -470,11 +474,27 @@ class Outbound:
         wire_bytes = consumed_wire - self._consumed_wire_bytes
         raw_bytes = consumed_raw - self._consumed_raw_bytes
         self._consumed_wire_bytes, self._consumed_raw_bytes = consumed_wire, consumed_raw
+        self._take_received(window.retained_bytes, raw_bytes, now_ns)
+        if not wire_bytes:
+            return
         starved, self._starved = self._starved, False
         self.goodput.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
         self.credit.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
         self._acked.set()
         self._acked = trio.Event()
+
+    def _take_received(self, retained_bytes: int, raw_bytes: int, now_ns: int) -> None:
+        """Learn the link's own rate from what arrived, whether or not the guest took it in.
+
+        What the destination QEMU cannot swallow is no reason for a stronger codec.
+        """
+        received = self._framed_wire_bytes - retained_bytes
+        wire_bytes, self._received_wire_bytes = received - self._received_wire_bytes, received
+        if wire_bytes:
+            idle, self._link_idle = self._link_idle, retained_bytes == 0
+            self._carried.acked(wire_bytes, raw_bytes, now_ns, source_limited=idle)
+            if estimate := self._carried.estimate(now_ns):
+                self._link.allow_unsent(estimate.wire_bps)
 
 
 def _encode_literals(

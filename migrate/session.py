@@ -1,6 +1,7 @@
 """What both commands have around a migration: report, ledger, trace, progress, and the last words."""
 
 import datetime
+import os
 import secrets
 import sys
 import time
@@ -95,10 +96,12 @@ class Session:
 def private_dir(parent: Path) -> Iterator[Path]:
     """A fresh directory for this run's sockets, mode 0700, removed at the end if it is empty.
 
+    Its name begins with our process id, so that what a killed run left can be told from a live one.
+
     Raises:
         MigrationError: It cannot be made.
     """
-    path = parent / secrets.token_hex(4)
+    path = parent / f"{os.getpid()}-{secrets.token_hex(2)}"
     try:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.mkdir(mode=0o700)

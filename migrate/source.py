@@ -47,6 +47,7 @@ from proto.link.state import Role
 from proto.qemu.format import RP_SHUT
 from proto.qemu.return_path import ReturnPathReader
 from proto.qemu.stream_reader import POSTCOPY_REASON
+from proto.packing import clip_text
 
 CALL_OFF_S = 45.0
 """Longest time to bring the guest back after a failure."""
@@ -68,6 +69,8 @@ class SourceRun:
         self._scope = trio.CancelScope()
         self._cancelled_by: str | None = None
         self._peer_left = trio.Event()
+        self._peer_said_bye = False
+        self._run_state: str | None = None
         self._hold = CommitHold(session) if params.hold_before_commit else CommitHold(None)
 
     def cancel(self, why: str) -> None:
@@ -88,6 +91,8 @@ class SourceRun:
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
             error = most_telling(raised)
         report = source_report(session, self._link, self._outbound, self._handover, error)
+        if error is not None:
+            report.guest_state = self._run_state
         return report, error
 
     @asynccontextmanager
@@ -126,9 +131,9 @@ class SourceRun:
         with trio.CancelScope(shield=True), trio.move_on_after(CALL_OFF_S):
             if self._link is not None:
                 with trio.move_on_after(FAREWELL_S):
-                    await self._link.try_send(
-                        messages.Abort(error.code, str(error), error.guest_on.value)
-                    )
+                    text = clip_text(str(error))
+                    abort = messages.Abort(error.code, text, error.guest_on.value)
+                    await self._link.try_send(abort)
             if handover is not None and (handover.commit_sent or handover.shut_relayed):
                 error.guest_on = (
                     GuestOn.HANDED_OVER if handover.shut_relayed else GuestOn.UNKNOWN
@@ -137,6 +142,7 @@ class SourceRun:
             where = await guest.go_on()
             self._session.say(where.text)
             error.guest_on = where.guest_on
+            self._run_state = where.run_state
             return
         error.guest_on = GuestOn.UNKNOWN
 
@@ -149,7 +155,7 @@ class SourceRun:
         pending: list[GuestEvent] = []
         if isinstance(guest, GatewaySource):
             session.enter("waiting for the source QEMU")
-            session.say(f"listening on {params.gateway} for the source QEMU")
+            session.say(f"listening on {guest.uri} for the source QEMU's 'migrate {guest.uri}'")
             pending = await guest.wait_header()
         session.enter("connecting")
         link = self._link = await self._connect()
@@ -205,6 +211,8 @@ class SourceRun:
                 await self._peer_left.wait()
             with trio.move_on_after(FINISH_S):
                 await guest.finish(quit_guest=self._params.after == "quit")
+            if self._peer_said_bye and self._handover is not None:
+                self._handover.state_file.remove()
 
     def _check_postcopy(self) -> None:
         assert self._outbound is not None
@@ -247,8 +255,12 @@ class SourceRun:
                         self._outbound.take_ack()
                     case messages.KeepAlive():
                         pass
+                    case messages.Bye():
+                        self._peer_said_bye = True
                     case messages.Abort(_, text, guest_on):
-                        raise PeerRefusedError(text, guest_on=GuestOn(guest_on))
+                        raise PeerRefusedError(
+                            f"the destination gave up: {text}", guest_on=GuestOn(guest_on)
+                        )
                     case messages.ReturnPath(data):
                         await self._relay(guest, bytes(data), return_path)
                     case _:

@@ -66,7 +66,7 @@ def _integrity(outbound: Outbound, handover: SourceHandover) -> Integrity:
         pages=classifier.table.page_count,
         source_digest=mine.hex(),
         destination_digest=handover.destination_digest.hex(),
-        equal=mine == handover.destination_digest,
+        equal=handover.equal,
     )
 
 

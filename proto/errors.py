@@ -18,7 +18,8 @@ class RemoteProtocolError(ProtocolError):
     """The other end sent bytes that its format does not allow.
 
     Attributes:
-        where: Position in words, e.g. ``"frame 17, byte 24"`` or ``"section 2 (ram), offset 0x1f00"``.
+        where: Position in words, e.g. ``"frame 17, byte 24"`` or
+            ``"section 2 (ram), offset 0x1f00"``.
         expected: What the format allows there.
         got: What was found.
     """

@@ -44,7 +44,8 @@ class RamBlocks:
 
     Attributes:
         blocks: In stream order; a page event's ``block`` is an index into it.
-        start: The bytes of the stream that announced them (QEMU: the whole START section), verbatim.
+        start: The bytes of the stream that announced them, verbatim (QEMU: the whole START
+            section).
     """
 
     blocks: tuple[RamBlock, ...]
@@ -146,9 +147,7 @@ class End:
     run_state: str | None
 
 
-GuestEvent = (
-    RamBlocks | PageRun | ZeroRun | RoundEnd | Switchover | Opaque | DeviceState | End
-)
+GuestEvent = RamBlocks | PageRun | ZeroRun | RoundEnd | Switchover | Opaque | DeviceState | End
 
 
 class NeedData(enum.Enum):

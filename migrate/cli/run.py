@@ -36,9 +36,7 @@ def run_command(run: Run, session: Session) -> int:
     return 0 if error is None else error.exit_code
 
 
-async def _with_signals(
-    run: Run, session: Session
-) -> tuple[Report, MigrationError | None]:
+async def _with_signals(run: Run, session: Session) -> tuple[Report, MigrationError | None]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_signals, run, session)
         result = await run.run()

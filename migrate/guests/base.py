@@ -55,10 +55,12 @@ class Whereabouts:
     Attributes:
         guest_on: For programs.
         text: For people.
+        run_state: QEMU's run state there as asked afterwards, None if there is nobody to ask.
     """
 
     guest_on: GuestOn
     text: str
+    run_state: str | None = None
 
 
 class SourceGuest(Protocol):
@@ -126,6 +128,10 @@ class DestinationGuest(Protocol):
 
     async def facts(self) -> Facts:
         """Collect facts about the machine for the comparison."""
+        ...
+
+    async def watch(self) -> None:
+        """Run beside the migration: raise a ``GuestError`` once this guest has ended."""
         ...
 
     async def receive(self) -> None:

@@ -12,7 +12,7 @@ import trio
 
 from migrate.errors import GuestError, GuestOn, QemuStreamBrokenError
 from migrate.guests.base import Facts, GuestProgress, Whereabouts
-from migrate.params import SocketAddress, UnixAddress
+from migrate.params import LinkAddress, SocketAddress, UnixAddress
 from migrate.qemu.local_hop import IncomingHop
 from migrate.transport.channels import listen
 from proto.guest_events import End, GuestEvent, Opaque, OpaqueKind, RamBlocks, Switchover
@@ -23,13 +23,18 @@ END_S = 30.0
 
 
 class GatewaySource:
-    """See ``migrate.guests.base.SourceGuest``."""
+    """See ``migrate.guests.base.SourceGuest``.
+
+    Attributes:
+        uri: Where we listen, as ``migrate`` in a monitor takes it.
+    """
 
     form = "gateway"
     was_running: bool | None = None
 
-    def __init__(self, listener: trio.socket.SocketType, name: str) -> None:
+    def __init__(self, listener: trio.socket.SocketType, name: str, uri: str) -> None:
         self._listener = listener
+        self.uri = uri
         self._hop: IncomingHop | None = None
         self._complete = False
         self._let_go = False
@@ -45,9 +50,20 @@ class GatewaySource:
 
         Returns:
             The events read: up to the RAM block list, or what cannot be understood.
+
+        Raises:
+            GuestError: QEMU opened a second connection: with multifd no RAM block list comes on
+                the first one before the others are taken.
         """
         sock, _ = await self._listener.accept()
         self._hop = IncomingHop(sock)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.refuse_more_connections)
+            events = await self._read_header()
+            nursery.cancel_scope.cancel()
+        return events
+
+    async def _read_header(self) -> list[GuestEvent]:
         events: list[GuestEvent] = []
         rest = (OpaqueKind.REST, OpaqueKind.REST_IN_RAM)
         while not any(
@@ -157,8 +173,12 @@ async def open_gateway(
         ConnectError: The address cannot be listened on.
     """
     listener = await listen(address, "the source QEMU", mode=mode, owner=owner)
+    if isinstance(address, UnixAddress):
+        uri = str(address)
+    else:
+        uri = f"tcp:{LinkAddress(*listener.getsockname()[:2])}"
     try:
-        yield GatewaySource(listener, "the source QEMU (gateway)")
+        yield GatewaySource(listener, f"the source QEMU (gateway {uri})", uri)
     finally:
         listener.close()
         if isinstance(address, UnixAddress):

@@ -22,7 +22,7 @@ from proto.guest_events import GuestEvent, RamBlocks
 from proto.qemu.ram import page_buffer
 
 APPEAR_S = 10.0
-"""A manager opens the QEMU's socket milliseconds before the source connects; allow for slow ones."""
+"""A manager opens QEMU's socket milliseconds before the source connects; allow for slow ones."""
 
 END_S = 60.0
 """From the last byte to SHUT: QEMU activates its disks and starts the guest."""
@@ -45,6 +45,9 @@ class IncomingDestination:
     async def facts(self) -> Facts:
         """There is no monitor to ask."""
         return Facts(None, "the destination QEMU was reached without its monitor")
+
+    async def watch(self) -> None:
+        """Nothing to see without a monitor: that it ended shows in its stream."""
 
     async def receive(self) -> None:
         """Connect; the socket may appear some moments late.

@@ -5,7 +5,7 @@ and not before.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -45,10 +45,18 @@ RUN_S = 30.0
 
 DISCARD_S = 10.0
 
+EXIT_GRACE_S = 1.0
+"""A QEMU that cannot load closes its stream some milliseconds before it exits."""
+
 CAPABILITIES_ON = ("late-block-activate", "events")
 CAPABILITIES_OFF = ("multifd", "postcopy-ram", "x-colo", "mapped-ram", "switchover-ack")
 
-NOT_ANONYMOUS = ("mem-path", "memory-backend-file", "memory-backend-memfd", "memory-backend-epc")
+NOT_ANONYMOUS = (
+    "mem-path",
+    "memory-backend-file",
+    "memory-backend-memfd",
+    "memory-backend-epc",
+)
 """With any of these on QEMU's command line its RAM may not be fresh zero memory."""
 
 
@@ -82,6 +90,18 @@ class QemuDestination:
     def run_in(self, nursery: trio.Nursery) -> None:
         """Give it a place for its background tasks."""
         self._nursery = nursery
+
+    async def watch(self) -> None:
+        """Wait until the QEMU ends.
+
+        Raises:
+            QemuExitedError: It did.
+        """
+        if self._owned is not None:
+            await self._owned.wait_exited()
+        else:
+            await self._client.wait_closed()
+        raise self._exited()
 
     async def receive(self) -> None:
         """Make sure it will not start by itself, let it listen, and connect.
@@ -129,7 +149,7 @@ class QemuDestination:
 
     async def load(self, events: Iterable[GuestEvent]) -> None:
         """Write events to the QEMU; a failure is explained with what QEMU says."""
-        with self._explained():
+        async with self._explained():
             await self._open_loader.load(events)
 
     async def mark(self, number: int) -> None:
@@ -139,7 +159,7 @@ class QemuDestination:
 
     async def wait_consumed(self, number: int) -> int:
         """See the base."""
-        with self._explained():
+        async with self._explained():
             return await self._open_loader.wait_consumed(number)
 
     async def relayed(self) -> bytes:
@@ -148,7 +168,7 @@ class QemuDestination:
 
     async def load_devices(self, state: bytes) -> None:
         """See the base."""
-        with self._explained():
+        async with self._explained():
             await self._open_loader.load_devices(state, self._marks + 1)
 
     async def load_end(self) -> None:
@@ -158,10 +178,11 @@ class QemuDestination:
             QemuStreamBrokenError: The load failed.
         """
         self._end_delivered = True
-        with self._explained(), self._client.listen("MIGRATION") as events:
-            await self._open_loader.load_end()
-            with trio.fail_after(LOAD_S):
-                await self._wait_loaded(events)
+        async with self._explained():
+            with self._client.listen("MIGRATION") as events:
+                await self._open_loader.load_end()
+                with trio.fail_after(LOAD_S):
+                    await self._wait_loaded(events)
 
     async def _wait_loaded(self, events: EventListener) -> None:
         while True:
@@ -212,24 +233,28 @@ class QemuDestination:
         if self._loader is not None:
             self._loader.close()
         if self._owned is not None:
-            await self._owned.release()
+            with contextlib.suppress(QemuExitedError):  # it ran, and has ended since
+                await self._owned.release()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Add what the QEMU itself said to an error of the stream."""
+    @asynccontextmanager
+    async def _explained(self) -> AsyncIterator[None]:
+        """Say of a broken stream that the QEMU ended, if it did: with why, as far as it said."""
         try:
             yield
-        except QmpInterruptedError as error:
-            raise self._exited() from error
-        except QemuStreamBrokenError as error:
-            if self._owned is None:
-                raise
-            log = self._owned.log_tail()
-            raise QemuStreamBrokenError(f"{error}; its log ends: {log}") from error
+        except (QmpInterruptedError, QemuStreamBrokenError) as error:
+            with trio.move_on_after(EXIT_GRACE_S):
+                try:
+                    await self.watch()
+                except QemuExitedError as exited:
+                    exited.guest_on = error.guest_on
+                    raise exited from error
+            raise
 
     def _exited(self) -> QemuExitedError:
-        log = f"; its log ends: {self._owned.log_tail()}" if self._owned else ""
-        return QemuExitedError(f"{self.name} exited{log}")
+        if self._owned is None:
+            return QemuExitedError(f"{self.name} ended; its own log may say why")
+        # QEMU says why in its last lines, and an error is one line.
+        return QemuExitedError(f"the destination {self._owned.exited_error()}".replace("\n", " / "))
 
 
 @asynccontextmanager

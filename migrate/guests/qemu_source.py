@@ -41,6 +41,9 @@ CONNECT_S = 10.0
 END_S = 30.0
 """QEMU needs moments from SHUT to ``completed``, and from a closed stream to a running guest."""
 
+STOP_ANSWER_S = 1.0
+"""QEMU answers at once after a user's stop, and late or never during its own."""
+
 SHUTDOWN_GRACE_S = 1.0
 """A guest that powers off breaks the stream and sends SHUTDOWN at the same time."""
 
@@ -118,7 +121,8 @@ class QemuSource:
 
     async def _why_broken(self, error: QemuStreamBrokenError) -> MigrationError:
         with trio.move_on_after(SHUTDOWN_GRACE_S):
-            while not self._powered_off and not self._client.is_closed:
+            # Whichever of the two comes first; the monitor closes without an event.
+            while not self._powered_off and not self._client.is_closed:  # noqa: ASYNC110
                 await trio.sleep(0.02)
         if self._powered_off:
             return GuestStoppedError("the guest powered off in the middle of the migration")
@@ -168,7 +172,7 @@ class QemuSource:
                     await self._wait_status(events, {"completed"})
                     return
             except (QmpInterruptedError, QemuStreamBrokenError):
-                await trio.sleep(0)
+                await trio.lowlevel.checkpoint()
                 if await self._process_gone():
                     return
         raise GuestError(f"{self.name} did not complete the migration", guest_on=GuestOn.SOURCE)
@@ -195,15 +199,19 @@ class QemuSource:
         if self._hop is not None:
             self._hop.close()
         if self._powered_off:
-            return Whereabouts(GuestOn.SOURCE, "the guest powered itself off at the source")
+            text = "the guest powered off at the source"
+            return Whereabouts(GuestOn.SOURCE, text, "shutdown")
         if self._client.is_closed:
             return Whereabouts(GuestOn.NEITHER, f"{self.name} is gone")
         try:
             with trio.fail_after(END_S), self._client.listen("MIGRATION", "RESUME") as events:
                 await self._cancel(events)
-                return Whereabouts(GuestOn.SOURCE, await self._wait_as_before(events))
+                return await self._wait_as_before(events)
         except QmpInterruptedError:
             return Whereabouts(GuestOn.NEITHER, f"{self.name} is gone")
+        except QmpCommandError as error:
+            text = f"the guest is paused at the source and 'cont' failed there: {error.desc}"
+            return Whereabouts(GuestOn.NEITHER, text)
         except trio.TooSlowError:
             text = f"{self.name} does not answer; ask 'info status' in its monitor"
             return Whereabouts(GuestOn.UNKNOWN, text)
@@ -215,18 +223,21 @@ class QemuSource:
                 await queries.migrate_cancel(self._client)
             await self._wait_status(events, set(queries.ENDED_STATUSES))
 
-    async def _wait_as_before(self, events: EventListener) -> str:
+    async def _wait_as_before(self, events: EventListener) -> Whereabouts:
         """Wait for QEMU's own resume; after ``completed`` there is none, then say ``cont``."""
         if not self.was_running or self._paused_by_user:
+            # 7.2 calls a paused guest 'postmigrate' after a migration that failed.
             state = await queries.query_run_state(self._client)
-            return f"the guest is {state.status} at the source, as it was"
+            text = "the guest is paused at the source, as it was"
+            return Whereabouts(GuestOn.SOURCE, text, state.status)
         status = await queries.query_migrate(self._client)
         if status.status == "completed":
             await queries.cont(self._client)
         while True:
             state = await queries.query_run_state(self._client)
             if state.running:
-                return "the guest runs at the source"
+                text = "the guest runs at the source"
+                return Whereabouts(GuestOn.SOURCE, text, state.status)
             with trio.move_on_after(0.2):
                 await events.next()
 
@@ -252,8 +263,8 @@ class QemuSource:
                     await self._who_stopped()
 
     async def _who_stopped(self) -> None:
-        """Tell a user's stop from QEMU's own; not awaited while the stream holds the main lock."""
-        with trio.move_on_after(0.001):
+        """Tell a user's stop from QEMU's own, which may hold QEMU's main lock for a while."""
+        with trio.move_on_after(STOP_ANSWER_S), contextlib.suppress(QmpInterruptedError):
             state = await queries.query_run_state(self._client)
             if state.status == "paused":
                 self._paused_by_user = True

@@ -1,8 +1,9 @@
 """What the lab guest says on its console, with the host's time of arrival of every line.
 
-The guest (``tools/guest``) prints one line per fact: ``READY``, ``HB`` (heartbeat), ``CHECK`` (self-check
-of its memory), ``DISK``, ``DIRTY``. A migrated guest has two consoles, the source's and then the
-destination's; ``join_heartbeats`` makes one series of both, in which the switchover is a gap.
+The guest (``tools/guest``) prints one line per fact: ``READY``, ``HB`` (heartbeat), ``CHECK``
+(self-check of its memory), ``DISK``, ``DIRTY``. A migrated guest has two consoles, the source's
+and then the destination's; ``join_heartbeats`` makes one series of both, in which the
+switchover is a gap.
 """
 
 import os
@@ -34,7 +35,7 @@ class Heartbeats:
         counter: The guest's own number of each heartbeat, from 1.
         guest_ns: Guest CLOCK_MONOTONIC; it does not advance while the guest is stopped.
         host_ns: Host CLOCK_MONOTONIC at which the line was read.
-        stall_us: Time between this wake-up of the heartbeat thread and the one before, guest clock.
+        stall_us: Guest time between this wake-up of the heartbeat thread and the one before.
     """
 
     counter: NDArray[np.int64]
@@ -56,7 +57,7 @@ class Heartbeats:
         )
 
     def largest_gap_ns(self) -> int:
-        """Return the longest host time between two neighbours, 0 with fewer than two heartbeats."""
+        """Return the longest host time between two neighbours, 0 if there are no two."""
         return int(np.diff(self.host_ns).max()) if len(self) > 1 else 0
 
 
@@ -79,7 +80,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class DiskReport:
-    """Totals of the guest's disk writer: blocks written, blocks read back and right, blocks bad."""
+    """Totals of the guest's disk writer: blocks written, read back and right, bad."""
 
     written: int
     verified: int
@@ -88,7 +89,7 @@ class DiskReport:
 
 @dataclass(frozen=True, slots=True)
 class DirtyReport:
-    """Totals of the working set: page writes done, and writes dropped because the guest got no CPU."""
+    """Totals of the working set: page writes done, and dropped as the guest got no CPU."""
 
     written: int
     dropped: int
@@ -103,7 +104,7 @@ class ConsoleLog:
         bad: Lines that report damage (``CHECK … BAD``, ``FATAL``, ``DISKERROR`` …), as text.
         disk: Latest disk totals.
         dirty: Latest working-set totals.
-        other_lines: The last lines that are none of these, as text (kernel messages, cut lines).
+        other_lines: The last lines that are none of these, as text, e.g. cut lines.
         closed: Whether the console ended.
     """
 
@@ -133,7 +134,7 @@ class ConsoleLog:
         return Heartbeats(counter, guest_ns, host_ns, stall_us)
 
     def feed(self, data: bytes, host_ns: int) -> None:
-        """Take the next console bytes, which arrived at ``host_ns``; a cut line waits for its rest."""
+        """Take the next bytes, which arrived at ``host_ns``; a cut line waits for its rest."""
         *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
             self._take_line(line.rstrip(b"\r"), host_ns)
@@ -150,6 +151,7 @@ class ConsoleLog:
         Raises:
             GuestError: The console ended first; ``what`` says in the text what was waited for.
         """
+        await trio.lowlevel.checkpoint()
         while not condition(self):
             if self.closed:
                 faults = "; ".join(self.bad[:3]) or "no fault reported"
@@ -170,7 +172,8 @@ class ConsoleLog:
     async def wait_full_check(self) -> CheckResult:
         """Wait for a self-check pass that began after this call, and return its result.
 
-        A pass tells only its end; so one end is let by (that pass began earlier) and the next counts.
+        A pass tells only its end; so one end is let by (that pass began earlier) and the next
+        counts. That holds only while the reader keeps up: do not block the event loop before.
         """
         target = len(self.checks) + 2
         await self.wait_until(lambda log: len(log.checks) >= target, "a self-check pass")
@@ -226,7 +229,7 @@ class ConsoleLog:
 
 
 def _numbers(line: bytes, count: int) -> tuple[int, ...] | None:
-    """Return the ``count`` decimal numbers after the line's first word, ``None`` if it is not so."""
+    """Return the ``count`` numbers after the line's first word, ``None`` if it is not so."""
     words = line.split(b" ")[1:]
     if len(words) != count or not all(word.isdigit() and len(word) <= 18 for word in words):
         return None
@@ -236,8 +239,8 @@ def _numbers(line: bytes, count: int) -> tuple[int, ...] | None:
 def join_heartbeats(source: ConsoleLog, destination: ConsoleLog) -> Heartbeats:
     """Return the heartbeats of one guest on its two consoles as one series.
 
-    The guest's counter goes on across a migration, so a number that arrives twice, or late, means
-    that two copies of the guest ran.
+    The guest's counter goes on across a migration, so a number that arrives twice, or late,
+    means that two copies of the guest ran.
 
     Raises:
         GuestError: The counters do not increase strictly.

@@ -28,7 +28,7 @@ class QemuBinary:
 
 
 def cache_dir() -> Path:
-    """Return where downloads and built images are kept: ``$PRECOPY_CACHE`` or ``~/.cache/precopy``."""
+    """Return the folder of downloads and images: ``$PRECOPY_CACHE`` or ``~/.cache/precopy``."""
     configured = os.environ.get("PRECOPY_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "precopy"
 
@@ -39,7 +39,8 @@ def run_tool(name: str, purpose: str) -> str:
     Blocks, up to minutes when it has to download; call it before the event loop runs.
 
     Raises:
-        GuestError: There is no checkout (an installed package has no ``tools``), or the script failed.
+        GuestError: There is no checkout (an installed package has no ``tools``), or the script
+            failed.
     """
     script = Path(__file__).resolve().parents[2] / "tools" / name
     if not script.is_file():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from migrate.pages.digests import DigestTable, digest_pages, zero_digest
 from migrate.pages.page_cache import SlotStore
-from proto.codecs import decode_into
+from proto.codecs import CodecId, decode_into
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
 from proto.link.pages import PageBatch
 
@@ -107,6 +107,9 @@ def decode_into_rows(batch: PageBatch, rows: NDArray[np.uint8]) -> NDArray[np.ui
         CodecError: The data does not decode to exactly n pages.
     """
     assert not isinstance(batch.encoded, tuple), "received batches have one payload"
+    if batch.codec_id == CodecId.RAW and len(batch.encoded) == rows.size:
+        rows[:] = np.frombuffer(batch.encoded, np.uint8).reshape(-1, PAGE_SIZE)
+        return rows
     raw = np.empty(len(rows) * PAGE_SIZE, np.uint8)
     decode_into(batch.codec_id, batch.encoded, raw.data)
     rows[:] = raw.reshape(-1, PAGE_SIZE)

@@ -62,6 +62,10 @@ class SlotStore:
 
     def write(self, slots: NDArray[np.uint32], data: NDArray[np.uint8]) -> None:
         """Keep rows of ``data`` whose slot is not NO_SLOT."""
+        first, last = int(slots[0]), int(slots[-1])
+        if last != NO_SLOT and last - first == len(slots) - 1 and (np.diff(slots) == 1).all():
+            self._pages[first : last + 1] = data  # the usual case, as the source fills in order
+            return
         kept = slots != NO_SLOT
         if kept.all():
             self._pages[slots] = data

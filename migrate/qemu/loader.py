@@ -131,7 +131,7 @@ class QemuLoader:
         return buffers
 
     async def mark(self, number: int) -> None:
-        """Ask to be told when everything before was loaded: ``consumed`` then reaches ``number``."""
+        """Ask to be told when all before was loaded: ``consumed`` then reaches ``number``."""
         self._marked = number
         if self._rest:  # no section boundary is known: what the socket took must do
             self.consumed = number

@@ -9,7 +9,7 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TextIO
 
 from migrate.report.ledger import PAGE_CLASSES, PageCounts
@@ -44,10 +44,12 @@ class ProgressState:
         goodput_bps: Bytes per second the link carries now.
         remaining_bytes: Dirty guest RAM still to send, as QEMU says.
         round_bytes: What ``remaining_bytes`` was when the round began: the bar's full length.
+            The display remembers it where it is not given.
         dirty_pages_per_s: Rate at which the guest dirties pages.
         expected_downtime_ms: If it were stopped now.
         downtime_limit_ms: What the user allows.
         codec: Codec in use.
+        receiving: This is the destination, which knows only what arrived.
     """
 
     phase: str
@@ -63,13 +65,17 @@ class ProgressState:
     expected_downtime_ms: float | None = None
     downtime_limit_ms: float | None = None
     codec: str | None = None
+    receiving: bool = False
 
 
 def render(state: ProgressState, width: int) -> list[str]:
     """Draw the block: at most five lines, none longer than ``width`` columns."""
     width = min(max(width, _MIN_WIDTH), _MAX_WIDTH)
     lines = [_join(state.phase, _round_text(state), format_ms(state.elapsed_ms))]
-    if state.round_no is not None:
+    if state.round_no is not None and state.receiving:
+        lines.append(_join(*_class_texts(state.pages)))
+        lines.append(f"received {format_size(state.wire_bytes)}")
+    elif state.round_no is not None:
         lines.append(_bar_line(state, width))
         lines.append(_join(*_class_texts(state.pages)))
         lines.append(
@@ -87,8 +93,10 @@ def plain_line(state: ProgressState) -> str:
     """Say the same in one line, for logs."""
     parts = [format_ms(state.elapsed_ms), state.phase, _round_text(state)]
     if state.round_no is not None:
-        parts.append(f"{format_size(state.wire_bytes)} sent")
-        parts.append(_or_dash(state.goodput_bps, format_rate))
+        way = "received" if state.receiving else "sent"
+        parts.append(f"{format_size(state.wire_bytes)} {way}")
+        if state.goodput_bps is not None:
+            parts.append(format_rate(state.goodput_bps))
         if state.remaining_bytes is not None:
             parts.append(f"{format_size(state.remaining_bytes)} remaining")
         parts += _convergence_texts(state)
@@ -126,6 +134,7 @@ class ProgressDisplay:
         self._pending: deque[str] = deque(maxlen=MAX_PENDING_LINES)
         self._shown_ns: int | None = None
         self._shown_key: tuple[str, int | None] | None = None
+        self._round: tuple[int | None, int] = (None, 0)
 
     def update(self, state: ProgressState, now_ns: int) -> None:
         """Show a state, unless one was shown a moment ago. Call it as often as you like."""
@@ -138,7 +147,7 @@ class ProgressDisplay:
         if recent and key == self._shown_key:
             return
         if self._terminal:
-            lines = render(state, self._columns() - 1)
+            lines = render(self._with_round_bytes(state), self._columns() - 1)
             done = self._write(self._erase_text() + "".join(f"{line}\n" for line in lines))
             self._drawn_lines = len(lines) if done else self._drawn_lines
         else:
@@ -156,6 +165,15 @@ class ProgressDisplay:
         self._write_pending()
         if self._drawn_lines and self._write(self._erase_text()):
             self._drawn_lines = 0
+
+    def _with_round_bytes(self, state: ProgressState) -> ProgressState:
+        if state.round_bytes is not None or state.remaining_bytes is None:
+            return state
+        round_no, most_bytes = self._round
+        same_round = round_no == state.round_no
+        most_bytes = max(most_bytes if same_round else 0, state.remaining_bytes)
+        self._round = (state.round_no, most_bytes)
+        return replace(state, round_bytes=most_bytes)
 
     def _write_pending(self) -> None:
         if not self._pending:
@@ -226,10 +244,15 @@ def _class_texts(pages: PageCounts) -> list[str]:
 
 
 def _convergence_texts(state: ProgressState) -> list[str]:
+    if state.receiving or state.phase == "done":
+        return []
+    if state.phase != "precopy":
+        return ["the guest is stopped"]
     expected = f"downtime if stopped now {_or_dash(state.expected_downtime_ms, format_ms)}"
     if state.downtime_limit_ms is not None:
         expected += f" (limit {format_ms(state.downtime_limit_ms)})"
-    dirty = state.dirty_pages_per_s
+    # QEMU says 0 until it has measured, which takes it longer than the bulk round.
+    dirty = state.dirty_pages_per_s or None
     return [expected, "" if dirty is None else f"dirtied {format_count(round(dirty))} pages/s"]
 
 

@@ -24,9 +24,9 @@ ROUND_COLUMNS: Final = (
     "round",
     "duration",
     "pages",
-    "on the wire",
+    "on wire",
     "goodput",
-    "dirty pages/s",
+    "dirtied/s",
     "codec",
     "throttled",
 )
@@ -98,8 +98,9 @@ def _headline(report: Report) -> list[str]:
     lines = [
         _labelled("guest", f"{report.guest_on.value}, {state}"),
         _labelled("total", total),
-        _labelled("downtime", _downtime_text(report)),
     ]
+    if report.role == "source":  # the other side can't know when the guest stopped
+        lines.append(_labelled("downtime", _downtime_text(report)))
     wire = f"{format_size(report.wire_bytes)} for {format_size(report.page_bytes)} of pages"
     lines.append(
         _labelled("on the wire", f"{wire} ({share_text(report.wire_bytes, report.page_bytes)})")
@@ -126,12 +127,16 @@ def _downtime_text(report: Report) -> str:
         for attribute, name in PART_NAMES.items()
         if (duration_ms := getattr(report.downtime, attribute)) is not None
     ]
-    return f"{format_ms(report.downtime_ms)} ({', '.join(parts)})"
+    half = len(parts) // 2 + 1
+    lines = [format_ms(report.downtime_ms), ", ".join(parts[:half]), ", ".join(parts[half:])]
+    return f"\n{'':{_LABEL_WIDTH + 3}}".join(filter(None, lines))
 
 
 def _class_table(report: Report) -> list[str]:
     rows = [("class", "pages", "share", "on the wire", "per page")]
     all_pages = report.pages.total()
+    if not all_pages:
+        return []
     for name in PAGE_CLASSES:
         pages, n_bytes = getattr(report.pages, name), getattr(report.bytes, name)
         per_page = f"{n_bytes / pages:.1f} B" if pages else "-"
@@ -155,7 +160,7 @@ def _round_table(rounds: Sequence[RoundReport]) -> list[str]:
             cut_row = len(rows)
             continue
         rows.append(round_row(this_round))
-    lines = _aligned(rows)
+    lines = _aligned(rows, first_width=len(ROUND_COLUMNS[0]))
     if cut_row >= 0:
         left_out = len(rounds) - _FIRST_ROUNDS - _LAST_ROUNDS
         lines.insert(cut_row, f"  … {left_out} more rounds, all in --report")
@@ -200,13 +205,11 @@ def _labelled(label: str, text: str) -> str:
     return f"  {label:<{_LABEL_WIDTH}} {text}"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def _aligned(rows: Sequence[tuple[str, ...]], *, first_width: int = _LABEL_WIDTH) -> list[str]:
     """Align columns of figures to the right, the first column to the left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append(
-            "  ".join([f"  {row[0]:<{max(widths[0], _LABEL_WIDTH)}}", *cells]).rstrip()
-        )
+        lines.append("  ".join([f"  {row[0]:<{max(widths[0], first_width)}}", *cells]).rstrip())
     return lines

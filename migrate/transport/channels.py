@@ -25,8 +25,9 @@ LOCAL_SEND_BUFFER_BYTES = 1 << 20
 LINK_NOTSENT_BYTES = 128 * 1024
 """Unsent bytes the kernel may hold for the link: what lies there is delay, not bandwidth."""
 
+SO_SNDBUFFORCE = 32
 TCP_NOTSENT_LOWAT = 25
-"""Linux's number; the socket module does not name it in every Python."""
+"""Linux's numbers; the socket module does not name them in every Python."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -55,6 +56,17 @@ def tune_link(sock: trio.socket.SocketType) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, LINK_NOTSENT_BYTES)
 
 
+def widen_send_buffer(sock: trio.socket.SocketType) -> None:
+    """Let a local socket hold a whole batch, so that writing one takes one wake-up.
+
+    Beyond the kernel's usual limit only root may go; others get what the limit allows.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, LOCAL_SEND_BUFFER_BYTES)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_SEND_BUFFER_BYTES)
+
+
 async def connect_tcp(address: LinkAddress, what: str) -> trio.socket.SocketType:
     """Connect to ``address``.
 
@@ -64,9 +76,7 @@ async def connect_tcp(address: LinkAddress, what: str) -> trio.socket.SocketType
     try:
         stream = await trio.open_tcp_stream(address.host, address.port)
     except OSError as error:
-        raise ConnectError(
-            f"cannot reach {what} at {address}: {reason(error)}"
-        ) from error
+        raise ConnectError(f"cannot reach {what} at {address}: {reason(error)}") from error
     return stream.socket
 
 
@@ -79,9 +89,7 @@ async def connect(address: SocketAddress, what: str) -> trio.socket.SocketType:
         await sock.connect(str(address.path))
     except OSError as error:
         sock.close()
-        raise ConnectError(
-            f"cannot reach {what} at {address}: {reason(error)}"
-        ) from error
+        raise ConnectError(f"cannot reach {what} at {address}: {reason(error)}") from error
     except BaseException:
         sock.close()
         raise
@@ -89,7 +97,11 @@ async def connect(address: SocketAddress, what: str) -> trio.socket.SocketType:
 
 
 async def listen(
-    address: SocketAddress, what: str, *, mode: int = 0o600, owner: tuple[int, int] | None = None
+    address: SocketAddress,
+    what: str,
+    *,
+    mode: int = 0o600,
+    owner: tuple[int, int] | None = None,
 ) -> trio.socket.SocketType:
     """Listen on ``address``; a stale unix socket file is replaced, any other file is not.
 
@@ -107,9 +119,7 @@ async def listen(
             return await _listen_unix(address.path, mode, owner)
         listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=16)
     except OSError as error:
-        raise ConnectError(
-            f"cannot listen on {address} for {what}: {reason(error)}"
-        ) from error
+        raise ConnectError(f"cannot listen on {address} for {what}: {reason(error)}") from error
     for extra in listeners[1:]:
         await extra.aclose()
     return listeners[0].socket
@@ -136,9 +146,11 @@ async def _listen_unix(
 
 
 def reason(error: OSError) -> str:
-    """The cause in words, without Python's decoration."""
+    """The cause in words, without Python's and trio's decoration."""
     if error.strerror:
-        return error.strerror
+        # trio says the address again: "Error connecting to ('::1', 7001, 0, 0): Connection refused"
+        decorated = error.errno and error.strerror.startswith("Error connecting to ")
+        return os.strerror(error.errno) if decorated else error.strerror
     cause = error.__cause__
     if isinstance(cause, ExceptionGroup) and isinstance(cause.exceptions[0], OSError):
         return reason(cause.exceptions[0])

@@ -1,13 +1,21 @@
 """The link between migrate-src and migrate-dst: the sans-IO connection on a TCP socket."""
 
 import contextlib
+import socket
 from collections.abc import Callable
 
 import trio
 
 from migrate.errors import PeerLostError, PeerProtocolError
-from migrate.transport.channels import Buffer, reason, send_all, tune_link
-from proto.errors import RemoteProtocolError
+from migrate.transport.channels import (
+    LINK_NOTSENT_BYTES,
+    TCP_NOTSENT_LOWAT,
+    Buffer,
+    reason,
+    send_all,
+    tune_link,
+)
+from proto.errors import RemoteProtocolError, VersionMismatchError
 from proto.guest_events import NEED_DATA
 from proto.link.connection import Event, LinkClosed, LinkConnection
 from proto.link.frames import FrameType
@@ -18,6 +26,11 @@ KEEPALIVE_S = 2.0
 
 PEER_SILENCE_S = 15.0
 """A peer that said nothing for this long is lost: seven keep-alives did not come."""
+
+WAKE_BYTES = 128 * 1024
+"""How much of a payload is waited for at a time."""
+
+MAX_NOTSENT_BYTES = 1 << 20
 
 
 class Link:
@@ -34,6 +47,8 @@ class Link:
         tune_link(sock)
         self._sock = sock
         self._send_lock = trio.Lock()
+        self._low_water = 1
+        self._unsent = LINK_NOTSENT_BYTES
         self._closing = False
         self.connection = connection
         self.peer = peer
@@ -43,9 +58,7 @@ class Link:
         """Bytes written to the link so far."""
         return sum(self.connection.sent_bytes.values())
 
-    async def send(
-        self, message: Message, framed: Callable[[int], None] | None = None
-    ) -> int:
+    async def send(self, message: Message, framed: Callable[[int], None] | None = None) -> int:
         """Send one message; returns its bytes on the wire.
 
         A cancelled send leaves the connection unusable for sending.
@@ -83,6 +96,10 @@ class Link:
         try:
             while (event := self.connection.next_event()) is NEED_DATA:
                 await self._fill()
+        except VersionMismatchError as error:
+            raise PeerProtocolError(
+                f"{self.peer} is of another version: {error}; install the same one on both sides"
+            ) from error
         except RemoteProtocolError as error:
             raise PeerProtocolError(f"{self.peer} broke the link protocol: {error}") from error
         return self._message(event)
@@ -92,22 +109,45 @@ class Link:
             return event
         if event.orderly:
             return None
-        raise PeerLostError(f"{self.peer} closed the connection in the middle of the migration")
+        greeted = self.connection.hello is not None
+        when = "in the middle of the migration" if greeted else "before it introduced itself"
+        raise PeerLostError(f"{self.peer} closed the connection {when}")
 
     async def _fill(self) -> None:
         try:
             with trio.fail_after(PEER_SILENCE_S):
-                count = await self._sock.recv_into(self.connection.get_buffer())
+                buffer = self.connection.get_buffer()
+                self._wake_at(min(len(buffer), WAKE_BYTES))
+                count = await self._sock.recv_into(buffer)
         except trio.TooSlowError:
             raise PeerLostError(
                 f"{self.peer} has been silent for {PEER_SILENCE_S:.0f} s"
             ) from None
         except OSError as error:
-            raise PeerLostError(f"lost the connection to {self.peer}: {reason(error)}") from error
+            raise PeerLostError(
+                f"lost the connection to {self.peer}: {reason(error)}"
+            ) from error
         if count:
             self.connection.buffer_updated(count)
         else:
             self.connection.eof()
+
+    def _wake_at(self, wanted_bytes: int) -> None:
+        """Be woken once per ``WAKE_BYTES`` of a large payload, not once per segment.
+
+        For anything but a payload that is known to be under way, one byte must wake us.
+        """
+        low_water = wanted_bytes if self.connection.receiving_payload else 1
+        if low_water != self._low_water:
+            self._low_water = low_water
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
+
+    def allow_unsent(self, goodput_bps: float) -> None:
+        """Let the kernel hold 2 ms of the link's rate unsent: fewer wake-ups on a fast link."""
+        unsent = min(max(int(goodput_bps * 0.002), LINK_NOTSENT_BYTES), MAX_NOTSENT_BYTES)
+        if not self._unsent / 2 < unsent < self._unsent * 2:
+            self._unsent = unsent
+            self._sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, unsent)
 
     async def keep_alive(self) -> None:
         """Run as a task: show the peer that we are there."""

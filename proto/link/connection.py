@@ -172,6 +172,11 @@ class LinkConnection:
         if self._error is None:
             self._error = RemoteProtocolError("link", "whole frames written", "a broken write")
 
+    @property
+    def receiving_payload(self) -> bool:
+        """The next bytes belong to a payload whose length is known: all of them will come."""
+        return self._decoder.receiving_payload
+
     def get_buffer(self) -> memoryview:
         """Return memory to receive into; valid until the next call of any receiving method.
 

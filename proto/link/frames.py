@@ -176,6 +176,11 @@ class FrameDecoder:
         self._eof = False
         self._error: FrameError | None = None
 
+    @property
+    def receiving_payload(self) -> bool:
+        """The next bytes belong to a payload whose length is known: all of them will come."""
+        return self._payload is not None
+
     def get_buffer(self) -> memoryview:
         """Return memory to receive into; valid until the next call of any method.
 

@@ -51,8 +51,9 @@ MAX_DEVICE_STATE_BYTES: Final = 256 * 2**20
 MAX_RAM_BLOCKS: Final = 4096
 """Bound on the block list; a machine with every slot full has some hundreds."""
 
-MAX_RAM_BYTES: Final = 64 * 2**40
-"""Bound on the announced RAM (64 TiB), so that tables sized by it are refused before allocation."""
+MAX_RAM_BYTES: Final = 16 * 2**40
+"""Bound on the announced RAM (16 TiB): page numbers fit 32 bits, and tables sized by it are refused
+before they are allocated."""
 
 U16: Final = struct.Struct(">H")
 U32: Final = struct.Struct(">I")

@@ -1,11 +1,12 @@
 """RAM records of QEMU's stream as numpy views, gathered into batches.
 
-``RamScanner`` reads the body of one RAM section record by record where records alternate, and as
-one strided view where at least ``MIN_STRIDED_RUN`` equal records follow each other (0.02 us a page
-instead of 0.5). ``page_records`` and ``zero_records`` write the same format.
+``RamScanner`` reads the body of one RAM section record by record where records alternate
+(1.4 us a page), and as one strided view where at least ``MIN_STRIDED_RUN`` equal records follow
+each other (0.02 us and the copy). ``page_records`` and ``zero_records`` write the same format.
 
-A batch holds pages of one block in strictly increasing order, so that pages with and without data
-commute inside it; the scanner closes it wherever the order of the stream matters.
+A batch holds pages of one block in strictly increasing order, so that pages with and without
+data commute inside it; the scanner closes it wherever the order of the stream matters, and
+nowhere else: however the stream is cut, the batches are the same.
 """
 
 from collections.abc import Sequence
@@ -38,8 +39,12 @@ from proto.qemu.format import (
 
 PAGE_RECORD_BYTES = 8 + PAGE_SIZE
 ZERO_RECORD_BYTES = 8 + 1
-MIN_STRIDED_RUN = 8
+MIN_STRIDED_RUN = 16
 """Below this many equal records the plain loop is cheaper than setting up a view."""
+
+FIRST_WINDOW_RECORDS = 64
+"""How far a view looks for a run's end at first; it grows while runs are longer, so that short
+runs are not paid for with views of all that was received."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,8 @@ class UnknownRecord:
     """A record that is not a plain page: the stream is not understood from here on.
 
     Attributes:
-        head: Bytes that replace the consumed start of the record; they name the block explicitly,
-            because the destination may have seen other blocks last.
+        head: Bytes that replace the consumed start of the record; they name the block
+            explicitly, because the destination may have seen other blocks last.
         reason: What it is, for the report.
     """
 
@@ -63,17 +68,26 @@ UNKNOWN_REASONS = {
 
 
 class _Batch:
-    """Pages of one block gathered until the order of the stream or the size ends the batch."""
+    """Pages of one block gathered until the order of the stream or the size ends the batch.
+
+    Attributes:
+        block: Block of the last page added, -1 before the first.
+        last_page: That page.
+    """
 
     def __init__(self) -> None:
         self.block = -1
         self.last_page = -1
-        self._count = 0
-        self._pages = np.empty(MAX_RUN_PAGES, np.uint32)
-        self._data = np.empty((MAX_RUN_PAGES, PAGE_SIZE), np.uint8)
         self._zero: list[NDArray[np.uint32]] = []
         self._single_zeros: list[int] = []
         self._zero_count = 0
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self._count = 0
+        self._pages = np.empty(MAX_RUN_PAGES, np.uint32)
+        self._data = np.empty((MAX_RUN_PAGES, PAGE_SIZE), np.uint8)
+        self._flat = self._data.reshape(-1).data
 
     @property
     def data_room(self) -> int:
@@ -83,29 +97,30 @@ class _Batch:
     def zero_room(self) -> int:
         return MAX_ZERO_RUN_PAGES - self._zero_count
 
+    @property
+    def is_full(self) -> bool:
+        return self._count == MAX_RUN_PAGES or self._zero_count == MAX_ZERO_RUN_PAGES
+
     def add_data(self, pages: NDArray[np.uint32], data: NDArray[np.uint8]) -> None:
         end = self._count + len(pages)
         self._pages[self._count : end] = pages
         self._data[self._count : end] = data
         self._count = end
-        self.last_page = int(pages[-1])
 
-    def add_one(self, page: int, data: NDArray[np.uint8]) -> None:
+    def add_one(self, page: int, data: bytes | memoryview) -> None:
+        start = self._count * PAGE_SIZE
         self._pages[self._count] = page
-        self._data[self._count] = data
+        self._flat[start : start + PAGE_SIZE] = data
         self._count += 1
-        self.last_page = page
 
     def add_zeros(self, pages: NDArray[np.uint32]) -> None:
         self._seal_singles()
         self._zero.append(pages)
         self._zero_count += len(pages)
-        self.last_page = int(pages[-1])
 
     def add_zero(self, page: int) -> None:
         self._single_zeros.append(page)
         self._zero_count += 1
-        self.last_page = page
 
     def _seal_singles(self) -> None:
         if self._single_zeros:
@@ -121,13 +136,17 @@ class _Batch:
             events.append(ZeroRun(self.block, pages))
             self._zero, self._zero_count = [], 0
         if self._count:
-            events.append(
-                PageRun(self.block, self._pages[: self._count], self._data[: self._count])
-            )
-            self._pages = np.empty(MAX_RUN_PAGES, np.uint32)
-            self._data = np.empty((MAX_RUN_PAGES, PAGE_SIZE), np.uint8)
-            self._count = 0
+            events.append(self._hand_out_data())
         return events
+
+    def _hand_out_data(self) -> PageRun:
+        pages, data = self._pages[: self._count], self._data[: self._count]
+        if self._count <= MAX_RUN_PAGES // 2:
+            # A few pages must not keep a megabyte alive while they wait in a queue.
+            self._count = 0
+            return PageRun(self.block, pages.copy(), data.copy())
+        self._allocate()
+        return PageRun(self.block, pages, data)
 
 
 class RamScanner:
@@ -135,13 +154,13 @@ class RamScanner:
 
     def __init__(self, blocks: Sequence[RamBlock]) -> None:
         self._blocks = blocks
+        self._page_counts = [block.page_count for block in blocks]
         self._index = {block.idstr: i for i, block in enumerate(blocks)}
         self._batch = _Batch()
         self._block = -1
         """Block of the last record: what CONTINUE refers to, across sections."""
-        self._cursor = (-1, -1)
-        """Last (block, page) of the scan; a step back is a new round."""
         self._rounds = 0
+        self._window = {RAM_PAGE: FIRST_WINDOW_RECORDS, RAM_ZERO: FIRST_WINDOW_RECORDS}
         self.events: list[PageRun | ZeroRun | RoundEnd] = []
         self.unknown: UnknownRecord | None = None
 
@@ -174,15 +193,13 @@ class RamScanner:
                 after = name_end
             elif self._block < 0:
                 raise QemuStreamError("ram section", "a block name first", "CONTINUE")
-            else:
-                taken = self._strided(buf, pos, end, kind)
-                if taken:
-                    pos += taken
-                    continue
+            elif taken := self._strided(buf, pos, end, kind):
+                pos += taken
+                continue
             body = PAGE_SIZE if kind == RAM_PAGE else 1
             if end - after < body:
                 break
-            self._single(buf, after, word >> 12, kind)
+            self._single(view, after, word >> 12, kind)
             pos = after + body
         return pos, False
 
@@ -226,16 +243,16 @@ class RamScanner:
         return name_end
 
     def _strided(self, buf: NDArray[np.uint8], pos: int, end: int, kind: int) -> int:
-        """Take a run of equal records as one view; bytes taken, 0 where the plain loop is better."""
-        self._turn(self._block)
+        """Take a run of equal records as one view; bytes taken, 0 where the loop is better."""
         stride = PAGE_RECORD_BYTES if kind == RAM_PAGE else ZERO_RECORD_BYTES
-        room = self._batch.data_room if kind == RAM_PAGE else self._batch.zero_room
-        count = min((end - pos) // stride, room)
-        if count < MIN_STRIDED_RUN:
-            return 0
         probe = pos + (MIN_STRIDED_RUN - 1) * stride
         want = kind | RAM_CONTINUE
-        if U64.unpack_from(buf.data, probe)[0] & RAM_FLAGS_MASK != want:
+        if probe + stride > end or buf.data[probe + 7] != want:  # low byte of its flags
+            return 0
+        room = self._batch.data_room if kind == RAM_PAGE else self._batch.zero_room
+        window = self._window[kind]
+        count = min((end - pos) // stride, room, window)
+        if count < MIN_STRIDED_RUN:
             return 0
         words = np.ndarray((count,), ">u8", buf, pos, (stride,)).astype(np.uint64)
         good = (words & np.uint64(RAM_FLAGS_MASK)) == want
@@ -244,63 +261,65 @@ class RamScanner:
         numbers = words >> np.uint64(12)
         good[1:] &= numbers[1:] > numbers[:-1]
         length = count if good.all() else int(good.argmin())
+        if length < count:
+            self._window[kind] = FIRST_WINDOW_RECORDS
+        elif count == window:
+            self._window[kind] = min(4 * window, MAX_ZERO_RUN_PAGES)
         if length < MIN_STRIDED_RUN:
             return 0
         self._check_page(int(numbers[length - 1]))
         pages = numbers[:length].astype(np.uint32)
-        self._step(int(pages[0]))
+        self._move(int(pages[0]))
         if kind == RAM_PAGE:
             shape, strides = (length, PAGE_SIZE), (stride, 1)
             self._batch.add_data(pages, np.ndarray(shape, np.uint8, buf, pos + 8, strides))
         else:
             self._batch.add_zeros(pages)
-        self._after(int(pages[-1]))
+        self._added(int(pages[-1]))
         return length * stride
 
-    def _single(self, buf: NDArray[np.uint8], pos: int, page: int, kind: int) -> None:
-        self._turn(self._block)
+    def _single(self, view: memoryview, pos: int, page: int, kind: int) -> None:
         self._check_page(page)
-        self._step(page)
+        self._move(page)
         if kind == RAM_PAGE:
-            self._batch.add_one(page, buf[pos : pos + PAGE_SIZE])
-        elif buf[pos] == 0:
+            self._batch.add_one(page, view[pos : pos + PAGE_SIZE])
+        elif view[pos] == 0:
             self._batch.add_zero(page)
         else:  # QEMU 7.2 would fill the page with this byte
-            self._batch.add_one(page, np.full(PAGE_SIZE, buf[pos], np.uint8))
-        self._after(page)
+            self._batch.add_one(page, bytes(view[pos : pos + 1]) * PAGE_SIZE)
+        self._added(page)
 
     def _check_page(self, page: int) -> None:
-        block = self._blocks[self._block]
-        if page >= block.page_count:
+        if page >= self._page_counts[self._block]:
+            block = self._blocks[self._block]
             raise QemuStreamError(
-                f"ram section, block {block.idstr}", f"< {block.page_count} pages", f"page {page}"
+                f"ram section, block {block.idstr}",
+                f"< {block.page_count} pages",
+                f"page {page}",
             )
 
-    def _turn(self, block: int) -> None:
-        if block != self._batch.block:
-            self.flush()
-            self._batch.block, self._batch.last_page = block, -1
-
-    def _step(self, page: int) -> None:
-        """Move the scan to ``page``; a step back ends the batch and the round."""
-        if page <= self._batch.last_page:
-            self.flush()
-        if (self._block, page) <= self._cursor:
-            self.flush()
+    def _move(self, page: int) -> None:
+        """Go to ``page`` of the current block; a step back ends the batch and the round."""
+        batch = self._batch
+        if self._block == batch.block and page > batch.last_page:
+            return
+        self.flush()
+        if (self._block, page) <= (batch.block, batch.last_page):
             self.events.append(RoundEnd(self._rounds))
             self._rounds += 1
+        batch.block = self._block
 
-    def _after(self, page: int) -> None:
-        self._cursor = (self._block, page)
-        if self._batch.data_room == 0 or self._batch.zero_room == 0:
+    def _added(self, page: int) -> None:
+        self._batch.last_page = page
+        if self._batch.is_full:
             self.flush()
 
 
 def page_buffer(count: int) -> NDArray[np.uint8]:
-    """Memory for the content of ``count`` pages, shape (count, 4096), with room for record headers.
+    """Memory for the content of ``count`` pages, with room for record headers.
 
-    What is put there can be written by ``page_records`` without another copy: the rows are a view
-    of records of ``PAGE_RECORD_BYTES``.
+    Shape (count, 4096). What is put there can be written by ``page_records`` without another
+    copy: the rows are a view of records of ``PAGE_RECORD_BYTES``.
     """
     return np.empty((count, PAGE_RECORD_BYTES), np.uint8)[:, 8:]
 
@@ -313,20 +332,29 @@ def page_records(
     Args:
         block: Block the pages belong to.
         pages: Page numbers, shape (n,), n > 0.
-        data: Contents, shape (n, 4096); not copied if it came from ``page_buffer``.
+        data: Contents, shape (n, 4096); not copied if it is a whole ``page_buffer``.
         named: Whether the first record must name the block (it differs from the last record's).
 
     Returns:
         Buffers to write in order.
     """
     records = data.base
-    if records is None or records.shape != (len(pages), PAGE_RECORD_BYTES):
+    if not isinstance(records, np.ndarray) or not _is_page_buffer(data, records):
         records = np.empty((len(pages), PAGE_RECORD_BYTES), np.uint8)
         records[:, 8:] = data
     headers = (pages.astype(np.uint64) << np.uint64(12)) | np.uint64(RAM_PAGE | RAM_CONTINUE)
     records[:, :8] = headers.astype(">u8").view(np.uint8).reshape(-1, 8)
     flat = records.reshape(-1).data
     return [_named_header(block, int(pages[0]), RAM_PAGE), flat[8:]] if named else [flat]
+
+
+def _is_page_buffer(data: NDArray[np.uint8], records: NDArray[np.uint8]) -> bool:
+    """Whether ``data`` is all rows of ``records``, in order, behind their headers."""
+    return (
+        records.shape == (len(data), PAGE_RECORD_BYTES)
+        and data.strides == (PAGE_RECORD_BYTES, 1)
+        and data.ctypes.data == records.ctypes.data + 8
+    )
 
 
 def zero_records(block: RamBlock, pages: NDArray[np.uint32], *, named: bool) -> bytes:

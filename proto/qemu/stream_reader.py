@@ -1,7 +1,8 @@
 """QEMU migration stream -> guest events.
 
-Feed bytes cut anywhere (``get_buffer`` / ``buffer_updated``), take events. RAM pages come out as
-batches, all else verbatim; what is not understood is handed on as opaque bytes and never guessed.
+Feed bytes cut anywhere (``get_buffer`` / ``buffer_updated``), take events. RAM pages come out
+as batches, all else verbatim; what is not understood is handed on as opaque bytes and never
+guessed.
 The grammar is written as a generator that asks for bytes with ``yield from self._need(n)``.
 """
 
@@ -34,7 +35,7 @@ MIN_ROOM_BYTES = 256 * 1024
 """Room offered for one receive; a unix socket holds at most about 230 KB."""
 
 REST_KEEP_BYTES = 4 * 2**20
-"""How much of a stream that is not understood is kept to find its end: a VMDESCRIPTION is ~50 KB."""
+"""What is kept of a stream that is not understood, to find its end: a description has ~50 KB."""
 
 POSTCOPY_REASON = "the source switched to postcopy"
 
@@ -71,6 +72,7 @@ class StreamReader:
         self._events: deque[GuestEvent] = deque()
         self._steps = self._stream()
         self._finished = False
+        self._error: QemuStreamError | None = None
         self._ram_id = -1
         self._ram: RamScanner | None = None
         self._prelude = b""
@@ -96,13 +98,16 @@ class StreamReader:
     def next_event(self) -> GuestEvent | NeedData:
         """Next event, or NEED_DATA.
 
-        After ``End`` only NEED_DATA follows. The buffer is always drained when NEED_DATA is returned,
-        apart from the bytes of one incomplete record.
+        After ``End`` only NEED_DATA follows. The buffer is always drained when NEED_DATA is
+        returned, apart from the bytes of one incomplete record.
 
         Raises:
-            QemuStreamError: The stream is damaged, truncated, or of a kind that can't be carried.
+            QemuStreamError: The stream is damaged, truncated, or cannot be carried.
+                Everything before that place was handed out; each further call raises again.
         """
         while not self._events:
+            if self._error is not None:
+                raise self._error
             if self._finished:
                 return NEED_DATA
             try:
@@ -110,11 +115,14 @@ class StreamReader:
             except StopIteration:
                 self._finished = True
                 continue
+            except QemuStreamError as error:
+                self._error = error
+                continue
             if not self._events:
-                if self._eof:
-                    where = f"byte {self.bytes_consumed} of the migration stream"
-                    raise QemuStreamError(where, "more bytes", "the end of the stream")
-                return NEED_DATA
+                if not self._eof:
+                    return NEED_DATA
+                where = f"byte {self.bytes_consumed} of the migration stream"
+                self._error = QemuStreamError(where, "more bytes", "the end of the stream")
         return self._events.popleft()
 
     # --- taking bytes -------------------------------------------------------------------------
@@ -153,6 +161,10 @@ class StreamReader:
         yield from self._header()
         while True:
             element = yield from self._peek()
+            if self._prelude and element != qf.SECTION_END:
+                # It announces no end of RAM (postcopy): it is a command like any other.
+                self._events.append(Opaque(OpaqueKind.COMMAND, self._prelude))
+                self._prelude = b""
             if element == qf.COMMAND:
                 if (yield from self._command()):
                     return
@@ -191,18 +203,22 @@ class StreamReader:
         name = yield from self._take(length)
         head += name
         capabilities: list[str] = []
+        seen: set[str] = set()
         while (yield from self._peek()) == qf.SUBSECTION:
-            head += yield from self._configuration_subsection(capabilities)
+            head += yield from self._configuration_subsection(capabilities, seen)
         self.configuration = MachineConfiguration(
             name.decode("ascii", "replace"), tuple(capabilities)
         )
         self._events.append(Opaque(OpaqueKind.HEADER, head))
 
     def _configuration_subsection(
-        self, capabilities: list[str]
+        self, capabilities: list[str], seen: set[str]
     ) -> Generator[NeedData, None, bytes]:
         raw = yield from self._take(1)
         name, name_raw = yield from self._take_str8()
+        if name in seen:
+            raise QemuStreamError("configuration", "each subsection once", f"{name!r} again")
+        seen.add(name)
         raw += name_raw + (yield from self._take(4))
         if name == "configuration/capabilities":
             count_raw = yield from self._take(4)
@@ -261,22 +277,34 @@ class StreamReader:
             raise QemuStreamError(self._where(), "a RAM block list", f"flags {word & 0xFFF:#x}")
         total = word & ~qf.RAM_FLAGS_MASK
         if total > qf.MAX_RAM_BYTES:
-            raise QemuStreamError(self._where(), f"at most {qf.MAX_RAM_BYTES} RAM bytes", str(total))
-        start += word_raw
+            limit = f"at most {qf.MAX_RAM_BYTES} RAM bytes"
+            raise QemuStreamError(self._where(), limit, str(total))
         assert self.configuration is not None
         extra = 8 if "x-ignore-shared" in self.configuration.capabilities else 0
         if "mapped-ram" in self.configuration.capabilities:
             raise QemuStreamError("configuration", "a stream", "mapped-ram, which needs a file")
-        blocks: list[RamBlock] = []
+        blocks: dict[str, RamBlock] = {}
+        raws = [start, word_raw]
         while total:
             name, raw = yield from self._take_str8()
             raw += yield from self._take(8 + extra)
             length = qf.U64.unpack_from(raw, 1 + raw[0])[0]
-            if length % PAGE_SIZE or not 0 < length <= total or len(blocks) >= qf.MAX_RAM_BLOCKS:
+            if (
+                length % PAGE_SIZE
+                or not 0 < length <= total
+                or len(blocks) >= qf.MAX_RAM_BLOCKS
+            ):
                 raise QemuStreamError(f"RAM block {name!r}", "a fitting length", str(length))
-            blocks.append(RamBlock(name, length))
-            start += raw
+            if not raw[1 : 1 + raw[0]].isascii() or name in blocks:
+                raise QemuStreamError("RAM block list", "different ASCII names", repr(name))
+            blocks[name] = RamBlock(name, length)
+            raws.append(raw)
             total -= length
+        raws += [(yield from self._block_list_end()), (yield from self._footer())]
+        self._ram = RamScanner(tuple(blocks.values()))
+        self._events.append(RamBlocks(tuple(blocks.values()), b"".join(raws)))
+
+    def _block_list_end(self) -> Generator[NeedData, None, bytes]:
         end = yield from self._take(8)
         if qf.U64.unpack(end)[0] == qf.RAM_MULTIFD_FLUSH:
             raise QemuStreamError(
@@ -284,11 +312,7 @@ class StreamReader:
             )
         if qf.U64.unpack(end)[0] != qf.RAM_EOS:
             raise QemuStreamError(self._where(), "the end of the block list", end.hex())
-        start += end + (yield from self._footer())
-        if len({block.idstr for block in blocks}) != len(blocks):
-            raise QemuStreamError("RAM block list", "different names", "a name twice")
-        self._ram = RamScanner(blocks)
-        self._events.append(RamBlocks(tuple(blocks), start))
+        return end
 
     def _footer(self) -> Generator[NeedData, None, bytes]:
         raw = yield from self._take(5)
@@ -297,7 +321,7 @@ class StreamReader:
         return raw
 
     def _ram_section(self, element: int) -> Generator[NeedData, None, bool]:
-        """Read a PART or END section of RAM; True when the stream ended or is not understood."""
+        """Read a PART or END section of RAM; True if the stream ended or is not understood."""
         raw = yield from self._take(5)
         if qf.U32.unpack(raw[1:])[0] != self._ram_id:
             found = str(qf.U32.unpack(raw[1:])[0])

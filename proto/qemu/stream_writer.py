@@ -1,9 +1,9 @@
 """Guest events -> QEMU migration stream: what a destination QEMU loads.
 
 The writer chooses its own section boundaries and record order; the loader accepts any (facts in
-docs/qemu-stream.md). It keeps the two things the format makes a writer remember: which section is
-open and which block a CONTINUE record means. Methods return buffers to send in order, nothing is
-joined to page data.
+docs/qemu-stream.md). It keeps the two things the format makes a writer remember: which section
+is open and which block a CONTINUE record means. Methods return buffers to send in order, nothing
+is joined to page data.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ class StreamWriter:
     def pages(
         self, block: int, pages: NDArray[np.uint32], data: NDArray[np.uint8]
     ) -> list[Buffer]:
-        """Write pages with content, shape (n, 4096), n > 0; no copy if it is a ``page_buffer``."""
+        """Write pages with content, shape (n, 4096), n > 0; no copy of a ``page_buffer``."""
         records = page_records(
             self._blocks[block], pages, data, named=block != self._last_block
         )
@@ -99,7 +99,7 @@ class StreamWriter:
         return [*self.close_section(), head + _EOS + self._footer()]
 
     def rest_in_ram(self, head: bytes) -> list[Buffer]:
-        """Go on inside a RAM section with bytes that are not understood; nothing else may follow."""
+        """Go on inside a RAM section with bytes not understood; nothing else may follow."""
         return [*self._part(), head]
 
     def _part(self) -> list[Buffer]:

@@ -21,7 +21,7 @@ from proto.qemu.format import (
 _VMDESC_HEAD = re.compile(
     bytes([EOF, VMDESCRIPTION]) + rb'(....)\{"(?:page_size|configuration)": ', re.DOTALL
 )
-# be32 section id, str8 name, be32 instance, be32 version, be32 length of the text, 100 bytes, footer
+# be32 section id, str8 name, be32 instance, be32 version, be32 length, 100 bytes, footer
 _GLOBALSTATE = re.compile(
     bytes([SECTION_FULL])
     + rb"(....)\x0bglobalstate.{8}....(.{100})"
@@ -66,20 +66,13 @@ class TailScanner:
     def ended(self) -> bool:
         """Whether the last byte fed is the last of a VMDESCRIPTION that follows an end mark.
 
-        The description's own length must lead exactly to the last byte and the text must be JSON,
-        so device state that merely looks like the mark is not taken for it.
+        The description's own length must lead exactly to the last byte and the text must be
+        JSON, so device state that merely looks like the mark is not taken for it.
         """
-        if not self.data.endswith(b"}"):
-            return False
-        for match in _VMDESC_HEAD.finditer(self.data):
-            length = U32.unpack(match.group(1))[0]
-            start = match.end(1)
-            if start + length == len(self.data) and _is_json(self.data[start:]):
-                return True
-        return False
+        return _find_end_mark(self.data) is not None
 
     def run_state(self) -> str | None:
-        """Run state recorded in the ``globalstate`` section, e.g. ``running``; None if not found."""
+        """Run state in the ``globalstate`` section, e.g. ``running``; None if there is none."""
         matches = _GLOBALSTATE.findall(self.data)
         if not matches:
             return None
@@ -87,21 +80,32 @@ class TailScanner:
         return text.split(b"\0", 1)[0].decode("ascii", "replace")
 
 
-def _is_json(text: bytearray) -> bool:
+def _find_end_mark(data: bytes | bytearray) -> int | None:
+    """Offset of the end mark whose description ends exactly where ``data`` does."""
+    if not data.endswith(b"}"):
+        return None
+    for match in _VMDESC_HEAD.finditer(data):
+        start = match.end(1)
+        if start + U32.unpack(match.group(1))[0] == len(data) and _is_json(data[start:]):
+            return match.start()
+    return None
+
+
+def _is_json(text: bytes | bytearray) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
 def end_mark_offset(state: bytes) -> int:
-    """Offset of the end mark in a complete tail: device sections lie before, the description behind.
+    """Offset of the end mark in a complete tail: devices before, the description behind.
 
     Raises:
         QemuStreamError: The tail has no end.
     """
-    for match in _VMDESC_HEAD.finditer(state):
-        if match.end(1) + U32.unpack(match.group(1))[0] == len(state):
-            return match.start()
-    raise QemuStreamError("device state", "an end mark and a description", "none")
+    offset = _find_end_mark(state)
+    if offset is None:
+        raise QemuStreamError("device state", "an end mark and a description", "none")
+    return offset

@@ -5,18 +5,21 @@ wakes up 18 times a second, counts, and writes to its hot pages: it boots in a t
 needs next to no processor, and its counter shows whether it really runs.
 """
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, Self
 
+import pytest
 import trio
 
 from migrate.params import default_run_dir
@@ -27,7 +30,7 @@ QEMU: Final = "qemu-system-x86_64"
 RAM_KIB: Final = 65544
 """Not a multiple of 256 KiB: QEMU 7.2 under TCG loses dirty pages of such RAM otherwise."""
 
-TEST_S: Final = 90.0
+TEST_S: Final = 30.0
 """A test that takes longer hangs; most take three seconds."""
 
 COUNTER_ADDRESS: Final = 0x200000
@@ -110,6 +113,10 @@ class Machine:
                     return
             await trio.sleep(0.02)
 
+    async def wait_migration_ended(self) -> None:
+        while not (await queries.query_migrate(self.monitor)).has_ended:
+            await trio.sleep(0.02)
+
     async def migrate(self, uri: str) -> None:
         """What a person types into the monitor."""
         await queries.migrate(self.monitor, uri)
@@ -157,10 +164,11 @@ class Command:
         """Collect what the command says until it ends; run this as a task."""
         assert self.process.stderr is not None
         rest = b""
-        async for data in self.process.stderr:
-            *lines, rest = (rest + data).split(b"\n")
-            self.lines += [line.decode(errors="replace") for line in lines]
-            self._notify()
+        with contextlib.suppress(trio.ClosedResourceError):
+            async for data in self.process.stderr:
+                *lines, rest = (rest + data).split(b"\n")
+                self.lines += [line.decode(errors="replace") for line in lines]
+                self._notify()
         self._ended = True
         self._notify()
 
@@ -224,26 +232,52 @@ class Destination(Command):
 class Bench:
     """Everything of one test; dead and gone when the test ends."""
 
-    def __init__(self, folder: Path, nursery: trio.Nursery, stack: AsyncExitStack) -> None:
+    def __init__(self, folder: Path, nursery: trio.Nursery) -> None:
         self.folder = folder
         self._nursery = nursery
-        self._stack = stack
+        self._started: list[trio.Process] = []
         self._machines: list[int] = []
         self._count = 0
+        self.commands: list[Command] = []
+        self.programs: dict[str, list[str]] = {}
+        """What to run instead of a command, by its name: the same with a planted fault."""
 
     @classmethod
     @asynccontextmanager
     async def open(cls, folder: Path) -> AsyncIterator[Self]:
         """Start a test; whatever it started is killed at the end."""
-        with trio.fail_after(TEST_S):
-            async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
-                bench = cls(folder, nursery, stack)
+        failure: Exception | None = None
+        with trio.move_on_after(TEST_S) as scope:
+            async with trio.open_nursery() as nursery:
+                bench = cls(folder, nursery)
                 try:
                     yield bench
+                except Exception as error:
+                    failure = error  # as it is, not inside the nursery's group
                 finally:
-                    for pid in bench.processes():
-                        os.kill(pid, signal.SIGKILL)
+                    with trio.CancelScope(shield=True):
+                        await bench.end()
                 nursery.cancel_scope.cancel()
+        if scope.cancelled_caught:
+            said = "\n".join(f"--- {c.process.args}\n{c.text}" for c in bench.commands)
+            pytest.fail(f"hangs; the commands said\n{said}")
+        if failure is not None:
+            raise failure
+
+    def kill(self, pid: int) -> None:
+        """Kill a process of this test that one of the commands started."""
+        assert pid in self.processes()
+        os.kill(pid, signal.SIGKILL)
+
+    async def end(self) -> None:
+        """Kill whatever is left of this test."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self._started:
+            await process.wait()
+            if process.stderr is not None:
+                await process.stderr.aclose()
 
     # --- QEMU -----------------------------------------------------------------------------------
 
@@ -274,17 +308,24 @@ class Bench:
         arguments = [
             word for path in paths for word in ("-qmp", f"unix:{path},server=on,wait=off")
         ]
-        process = await trio.lowlevel.open_process([*command, *arguments], env=self._environ())
+        process = await trio.lowlevel.open_process([*command, *arguments])
+        self._started.append(process)
         self._machines.append(process.pid)
-        while not paths[1].exists():
-            assert process.poll() is None, "QEMU ended at its start"
-            await trio.sleep(0.02)
         monitor = await self.monitor(paths[1])
         return Machine(process, paths[0], monitor)
 
     async def monitor(self, path: Path) -> QmpClient:
         """Open a monitor until the end of the test."""
-        return await self._stack.enter_async_context(open_qmp(path))
+
+        async def hold(task_status: trio.TaskStatus[QmpClient]) -> None:
+            while not accepts(path):
+                await trio.sleep(0.02)
+            async with open_qmp(path) as client:
+                task_status.started(client)
+                await trio.sleep_forever()
+
+        client: QmpClient = await self._nursery.start(hold)
+        return client
 
     # --- the commands ---------------------------------------------------------------------------
 
@@ -308,6 +349,7 @@ class Bench:
             words += ["--", *qemu]
         process = await self._start("migrate-dst", folder, words)
         command = Destination(process, folder, run_dir)
+        self.commands.append(command)
         self._nursery.start_soon(command.read_lines)
         return command
 
@@ -327,34 +369,29 @@ class Bench:
             case str():
                 words += ["--gateway", way]
         process = await self._start("migrate-src", folder, words)
-        command = Command(process, folder, default_run_dir(self._environ(), os.getuid()))
+        command = Command(process, folder, default_run_dir(os.environ, os.getuid()))
+        self.commands.append(command)
         self._nursery.start_soon(command.read_lines)
         return command
 
     async def _start(self, program: str, folder: Path, words: list[str]) -> trio.Process:
         path = Path(sys.executable).with_name(program)
         output = ["--report", str(folder / "report.json"), "--state-dir", str(folder / "state")]
-        return await trio.lowlevel.open_process(
-            [str(path), *output, *words], env=self._environ(), stderr=-1
+        process = await trio.lowlevel.open_process(
+            [*self.programs.get(program, [str(path)]), *output, *words], stderr=subprocess.PIPE
         )
-
-    def _environ(self) -> dict[str, str]:
-        return {**os.environ, "XDG_RUNTIME_DIR": str(self.folder), self._mark: "1"}
-
-    @property
-    def _mark(self) -> str:
-        """A variable that tells the processes of this test, and their children, from all others."""
-        return "PRECOPY_TEST_" + re.sub(r"\W", "_", str(self.folder))
+        self._started.append(process)
+        return process
 
     # --- what is left ---------------------------------------------------------------------------
 
     def processes(self) -> list[int]:
-        """Processes of this test that are alive."""
-        mark = self._mark.encode() + b"="
+        """Processes of this test that are alive, by the mark that all inherit."""
+        mark = f"PRECOPY_TEST={os.environ['PRECOPY_TEST']}".encode()
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                marked = any(v.startswith(mark) for v in (path / "environ").read_bytes().split(b"\0"))
+                marked = mark in (path / "environ").read_bytes().split(b"\0")
                 zombie = (path / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
             except OSError:
                 continue
@@ -363,7 +400,10 @@ class Bench:
         return found
 
     async def left_behind(self, *commands: Command) -> list[str]:
-        """Processes and sockets that commands which ended have left; waits for dying ones."""
+        """What commands that ended have left; waits a little for processes that are dying.
+
+        Processes and sockets always count; files and folders unless the command was killed.
+        """
         with trio.move_on_after(5):
             while found := self._left(commands):
                 await trio.sleep(0.02)
@@ -374,9 +414,17 @@ class Bench:
         known = {*self._machines, *(command.process.pid for command in commands)}
         found = [f"process {pid}" for pid in self.processes() if pid not in known]
         for command in commands:
+            killed = (command.process.returncode or 0) < 0
             for folder in command.run_dir.glob(f"{command.process.pid}-*"):
-                found += [str(path) for path in (folder, *folder.rglob("*"))]
+                paths = (folder, *folder.rglob("*"))
+                found += [str(path) for path in paths if not killed or path.is_socket()]
         return found
+
+
+def accepts(path: Path) -> bool:
+    """Whether somebody listens on a unix socket; a QEMU greets the next client anew."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
 
 
 def free_port() -> int:

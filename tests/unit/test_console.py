@@ -132,7 +132,7 @@ async def test_a_full_check_is_the_first_pass_that_began_after_the_call() -> Non
 async def test_waiting_fails_when_the_console_ends_and_tells_the_faults() -> None:
     log = log_of((1, "FATAL out of memory"))
     log.close()
-    with pytest.raises(GuestError, match="before READY .FATAL out of memory"):
+    with pytest.raises(GuestError, match=r"before READY .FATAL out of memory"):
         await log.wait_ready()
 
 

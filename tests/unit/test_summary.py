@@ -15,7 +15,9 @@ def test_a_completed_migration_is_told_in_figures() -> None:
     for expected in (
         "migration completed\n  guest        destination, running\n",
         "total        1.78 s, 100 ms of it setting up",
-        "downtime     176 ms (last pages 96 ms, device state 9.0 ms, load 31 ms, verify 18 ms,",
+        "downtime     176 ms\n"
+        "               last pages 96 ms, device state 9.0 ms, load 31 ms\n"
+        "               verify 18 ms, commit 22 ms\n",
         "on the wire  793 KiB for 1.64 MiB of pages (47 %)",
         "guest RAM    1.00 GiB",
         "commit       held",

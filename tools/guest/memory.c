@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #include "workload.h"
@@ -21,6 +22,7 @@
 #define MOST_BACKLOG_NS 250000000ull
 #define BAD_LINES_PER_PASS 16u
 #define OLDEST_AGE 32u
+#define RESERVE_BYTES (6ull << 20) /* for the kernel and our threads */
 
 static const struct params *params;
 static uint64_t *static_words, *wws_words;
@@ -39,6 +41,22 @@ static void *allocate(uint64_t bytes)
         _exit(1);
     }
     return memory;
+}
+
+/* The kernel would panic for want of memory before this program could say why. */
+static void require_free(uint64_t bytes)
+{
+    struct sysinfo info;
+    uint64_t free_bytes;
+
+    if (sysinfo(&info) != 0)
+        return;
+    free_bytes = (uint64_t)info.freeram * info.mem_unit;
+    if (free_bytes < bytes + RESERVE_BYTES) {
+        say("FATAL not enough memory: %llu MiB free, %llu MiB needed\n",
+            (unsigned long long)free_bytes >> 20, (unsigned long long)(bytes + RESERVE_BYTES) >> 20);
+        _exit(1);
+    }
 }
 
 static enum content static_kind(uint64_t page)
@@ -79,6 +97,7 @@ void memory_setup(const struct params *p)
     wws_pages = ((uint64_t)p->wws_mib << 20) / PAGE_BYTES;
     slot_words = (unsigned)p->touch / 8u;
     slots = PAGE_WORDS / slot_words;
+    require_free((static_pages + wws_pages) * PAGE_BYTES);
     static_words = allocate(static_pages * PAGE_BYTES);
     wws_words = allocate(wws_pages * PAGE_BYTES);
     generation = allocate(wws_pages * sizeof(*generation));

@@ -1,0 +1,107 @@
+"""Runs one of the two commands with a fault planted in it: ``faulty.py FAULT COMMAND ARGUMENT …``."""
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import migrate.inbound
+import migrate.pages.apply
+import migrate.pages.page_cache
+from migrate.cli import dst, src
+from migrate.transport.link import Link
+from proto.link.messages import DeviceStateData, Message, OpaqueData
+from proto.link.pages import PageBatch
+
+
+def flip_after_decoding() -> None:
+    """One bit of one page changes between decoding and the destination guest."""
+    decode = migrate.pages.apply.decode_into_rows
+    done = False
+
+    def flipped(batch: PageBatch, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        nonlocal done
+        decode(batch, rows)
+        if not done:
+            rows[len(rows) // 2, 1234] ^= 0x10
+            done = True
+        return rows
+
+    migrate.pages.apply.decode_into_rows = flipped
+
+
+def read_wrong_slot() -> None:
+    """References read the page cache one slot too far."""
+    store = migrate.pages.page_cache.SlotStore
+    read_into = store.read_into
+
+    def wrong(self: Any, slots: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
+        read_into(self, (slots + 1) % self.slot_count, out)
+
+    store.read_into = wrong  # type: ignore[method-assign]
+
+
+def lose_frame() -> None:
+    """A small batch of pages never reaches the wire, though it got its number."""
+    send = Link.send
+    lost = False
+
+    async def losing(self: Link, message: Message, framed: Any = None) -> int:
+        nonlocal lost
+        if isinstance(message, PageBatch) and not lost and len(message.literal_pages) < 8:
+            lost = True
+            buffers = self.connection.send(message)
+            if framed is not None:
+                framed(sum(map(len, buffers)))
+            return 0
+        return await send(self, message, framed)
+
+    Link.send = losing  # type: ignore[method-assign]
+
+
+def drop_batch() -> None:
+    """The destination forgets a batch that arrived in order."""
+    decode = migrate.inbound.Inbound._decode_pages
+    batches = 0
+
+    async def forgetful(self: Any, batch: PageBatch) -> Any:
+        nonlocal batches
+        batches += 1
+        return [] if batches == 2 else await decode(self, batch)
+
+    migrate.inbound.Inbound._decode_pages = forgetful  # type: ignore[method-assign]
+
+
+def flip_device_state() -> None:
+    """One bit of the device state changes on its way."""
+    decode = migrate.inbound.Inbound._decode
+
+    async def flipped(self: Any, message: Message) -> Any:
+        if isinstance(message, DeviceStateData) and message.codec_id == 1:
+            damaged = bytearray(message.encoded)
+            damaged[len(damaged) // 2] ^= 1
+            message = DeviceStateData(bytes(damaged), message.raw_len, message.codec_id)
+        assert not isinstance(message, OpaqueData) or message.encoded is not None
+        return await decode(self, message)
+
+    migrate.inbound.Inbound._decode = flipped  # type: ignore[method-assign]
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        flip_after_decoding,
+        read_wrong_slot,
+        lose_frame,
+        drop_batch,
+        flip_device_state,
+    )
+}
+
+
+if __name__ == "__main__":
+    FAULTS[sys.argv[1]]()
+    command = sys.argv[2]
+    del sys.argv[1:3]
+    (src if command == "migrate-src" else dst).main()
