@@ -69,6 +69,7 @@ class DestinationRun:
         self._source_said_bye = False
         self._source_gave_up = False
         self._source_done = False
+        self._discarded = False
         self._taken = False
 
     def cancel(self, why: str) -> None:
@@ -97,6 +98,10 @@ class DestinationRun:
         handover = self._handover
         if handover is not None and handover.committed:
             return GuestOn.DESTINATION if handover.run_state else GuestOn.UNKNOWN
+        if handover is not None and handover.given_back:
+            return GuestOn.NEITHER
+        if self._discarded and not self._source_gave_up:
+            return GuestOn.SOURCE
         return error.guest_on
 
     @asynccontextmanager
@@ -151,7 +156,7 @@ class DestinationRun:
             if self._scope.cancelled_caught:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
-            error = most_telling(raised)
+            error = await self._peers_reason(most_telling(raised))
             if self._handover is not None and self._handover.run_state is not None:
                 self._session.warn(f"after the guest was taken over: {error}")
                 await guest.keep()
@@ -165,7 +170,7 @@ class DestinationRun:
     async def _discard(self, guest: DestinationGuest, error: MigrationError) -> None:
         """Give the migration up: record it, make this copy unable to run, tell the source."""
         handover = self._handover
-        if handover is not None and handover.committed:
+        if handover is not None and (handover.committed or handover.given_back):
             return
         with trio.CancelScope(shield=True), trio.move_on_after(DISCARD_S):
             if self._source_may_have_committed():
@@ -173,6 +178,7 @@ class DestinationRun:
                 self._state_file.write(ABORTED, reason=error.code)
             try:
                 done = await guest.discard()
+                self._discarded = True
             except GuestError as undead:
                 error.guest_on = GuestOn.UNKNOWN
                 done = str(undead)
@@ -185,8 +191,17 @@ class DestinationRun:
             if self._link is not None:
                 with trio.move_on_after(FAREWELL_S):
                     text = clip_text(str(error))
-                    abort = messages.Abort(error.code, text, error.guest_on.value)
-                    await self._link.try_send(abort)
+                    abort = messages.Abort(error.code, text, self._guest_on(error).value)
+                    await self._link.farewell(abort)
+
+    async def _peers_reason(self, error: MigrationError) -> MigrationError:
+        """Why the connection was lost, if the source said so before."""
+        if self._link is not None and isinstance(error, PeerLostError):
+            with trio.CancelScope(shield=True):
+                if abort := await self._link.last_words():
+                    self._source_gave_up = True
+                    return _gave_up(abort)
+        return error
 
     def _source_may_have_committed(self) -> bool:
         """From VERIFIED on the source may record COMMIT_SENT, until it says that it gives up."""
@@ -212,9 +227,7 @@ class DestinationRun:
             await self._carry(guest, link, agreement)
             nursery.cancel_scope.cancel()
 
-    async def _carry(
-        self, guest: DestinationGuest, link: Link, agreement: Agreement
-    ) -> None:
+    async def _carry(self, guest: DestinationGuest, link: Link, agreement: Agreement) -> None:
         if self._state_file is None:
             self._state_file = StateFile(
                 self._params.state_dir, "destination", agreement.migration_id
@@ -268,9 +281,7 @@ class DestinationRun:
                 f"its log {qemu.log_path}"
             )
 
-    async def _receive(
-        self, link: Link, control: trio.MemorySendChannel[Message]
-    ) -> None:
+    async def _receive(self, link: Link, control: trio.MemorySendChannel[Message]) -> None:
         """Read the link as long as the migration lasts; never wait for the guest here."""
         try:
             await self._receive_all(link, control)
@@ -280,9 +291,7 @@ class DestinationRun:
         finally:
             self._source_left.set()
 
-    async def _receive_all(
-        self, link: Link, control: trio.MemorySendChannel[Message]
-    ) -> None:
+    async def _receive_all(self, link: Link, control: trio.MemorySendChannel[Message]) -> None:
         assert self._inbound is not None
         async with control:
             while (message := await link.receive()) is not None:
@@ -292,11 +301,9 @@ class DestinationRun:
                 match message:
                     case messages.KeepAlive():
                         pass
-                    case messages.Abort(_, text, guest_on):
+                    case messages.Abort():
                         self._source_gave_up = True
-                        raise PeerRefusedError(
-                            f"the source gave up: {text}", guest_on=GuestOn(guest_on)
-                        )
+                        raise _gave_up(message)
                     case messages.SourceDone():
                         self._source_done = True
                         await control.send(message)
@@ -316,9 +323,7 @@ class DestinationRun:
 
     # --- strangers and the source ---------------------------------------------------------------
 
-    async def _listen(
-        self, task_status: trio.TaskStatus[tuple[Link, Hello]]
-    ) -> None:
+    async def _listen(self, task_status: trio.TaskStatus[tuple[Link, Hello]]) -> None:
         """Accept connections; the first that says HELLO is the source, later ones hear "busy"."""
         listener = await listen(self._params.listen, "migrate-src")
         try:
@@ -356,7 +361,8 @@ class DestinationRun:
                 task_status.started((link, hello))
         except (PeerLostError, PeerProtocolError) as error:
             self._session.say(f"turned away a connection from {host}: {error}")
-            await link.try_send(messages.Refused("protocol", str(error)))
+            with trio.move_on_after(FAREWELL_S):
+                await link.farewell(messages.Refused("protocol", clip_text(str(error))))
         finally:
             limiter.release_on_behalf_of(sock)
             if not adopted:
@@ -383,6 +389,12 @@ class DestinationRun:
             pages=session.ledger.pages,
             wire_bytes=link.connection.received_bytes,
         )
+
+
+def _gave_up(abort: messages.Abort) -> PeerRefusedError:
+    return PeerRefusedError(
+        f"the source gave up: {abort.message}", guest_on=GuestOn(abort.guest_on)
+    )
 
 
 def _remove_run_files(directory: Path) -> None:

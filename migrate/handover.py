@@ -59,7 +59,7 @@ RUNNING_S = 90.0
 """From COMMIT to RUNNING: ``cont`` activates disks, which may wait for slow storage."""
 
 VERIFY_S = 60.0
-"""From END_OF_STATE to VERIFIED and READY: the destination QEMU loads the last pages and devices."""
+"""From END_OF_STATE to VERIFIED and READY: the destination loads the last pages and devices."""
 
 BISECT_RANGES = 16
 """Into how many ranges a differing range is cut per question."""
@@ -115,7 +115,9 @@ class SourceHandover:
         with trio.fail_after(VERIFY_S):
             await self._verified()  # paused at the source; dies: the source resumes
             if self.kind is CommitKind.HELD:
-                await self._expect(messages.Ready)  # loaded and paused; dies: the source resumes
+                await self._expect(
+                    messages.Ready
+                )  # loaded and paused; dies: the source resumes
                 self.times.ready_ns = time.monotonic_ns()
         if self.kind is CommitKind.RELAYED:
             await self._relayed()
@@ -168,7 +170,9 @@ class SourceHandover:
             if count == 1:
                 name = self.outbound.state.blocks[block].idstr
                 more = len(reply.differing) - 1
-                return f"page {first} of block {name}" + (f" and {more} near it" if more else "")
+                return f"page {first} of block {name}" + (
+                    f" and {more} near it" if more else ""
+                )
             step = max(1, -(-count // BISECT_RANGES))
             ranges = [
                 (block, at, min(step, first + count - at))
@@ -184,11 +188,13 @@ class SourceHandover:
             self.commit_sent = True
             try:
                 await self.link.send(messages.Commit())  # dies: unknown
-                self.running = await self._expect(messages.Running)  # dies: unknown
+                self.running = await self._expect_running()  # dies: unknown
             except PeerRefusedError as error:
-                if error.guest_on is not GuestOn.NEITHER:
+                if error.guest_on not in (GuestOn.SOURCE, GuestOn.NEITHER):
                     raise SwitchoverUnknownError(self._unknown(str(error))) from error
-                self.commit_sent = False  # the destination's copy is dead, as it says itself
+                # The destination's copy is dead, as it says itself: the guest is ours again.
+                self.state_file.remove()
+                self.commit_sent = False
                 raise
             except PeerLostError as error:
                 raise SwitchoverUnknownError(self._unknown(str(error))) from error
@@ -196,6 +202,15 @@ class SourceHandover:
             self.state_file.write(RUNNING, peer=self.link.peer, guest=self.guest.name)
             return
         raise SwitchoverUnknownError(self._unknown(f"no answer within {RUNNING_S:.0f} s"))
+
+    async def _expect_running(self) -> messages.Running:
+        answer: messages.Running | messages.Abort
+        answer = await self._expect(messages.Running, messages.Abort)
+        if isinstance(answer, messages.Abort):
+            raise PeerRefusedError(
+                f"the destination gave up: {answer.message}", guest_on=GuestOn(answer.guest_on)
+            )
+        return answer
 
     def _unknown(self, cause: str) -> str:
         return (
@@ -230,6 +245,7 @@ class DestinationHandover:
 
     Attributes:
         committed: The guest is ours, recorded.
+        given_back: It was, and could not run here: this copy is dead.
         run_state: The guest's run state once it is complete here.
         load_ns: Time to load device state and end.
     """
@@ -242,6 +258,7 @@ class DestinationHandover:
     state_file: StateFile
     times: Timeline = field(default_factory=Timeline)
     committed: bool = False
+    given_back: bool = False
     run_state: str | None = None
     load_ns: int = 0
 
@@ -343,6 +360,7 @@ class DestinationHandover:
             await self.link.try_send(messages.Abort("run-failed", message, "unknown"))
             return
         self.committed = False
+        self.given_back = True
         self.state_file.write(ABORTED, peer=self.link.peer, guest=self.guest.name)
         message = clip_text(f"the guest could not run at the destination: {error}; {done}")
         await self.link.try_send(messages.Abort("run-failed", message, "neither"))

@@ -61,6 +61,9 @@ OPAQUE_PIECE_BYTES = 1 << 20
 HANDOVER_RESERVE_MS = 110
 """Taken off the downtime limit before QEMU hears it: what verify, load and commit need here."""
 
+NOTE_NS = 20_000_000
+"""How often the round's goodput is noted and the kernel's send queue fitted to the link."""
+
 CODEC_IDS = {"none": CodecId.RAW, "lz4": CodecId.LZ4, "zstd": CodecId.ZSTD}
 
 
@@ -166,6 +169,7 @@ class Outbound:
         self._starved = True
         self._received_wire_bytes = 0
         self._link_idle = True
+        self._noted_ns = self._fitted_ns = 0
         self._bucket = (
             TokenBucket(max_bandwidth_bps, max(64 * 1024, max_bandwidth_bps // 50))
             if max_bandwidth_bps
@@ -443,8 +447,11 @@ class Outbound:
         if item.codec is not None:
             name = str(item.codec)
             notes.codec_batches[name] = notes.codec_batches.get(name, 0) + 1
-        if estimate := self.goodput.estimate(time.monotonic_ns()):
-            notes.goodput_bps = estimate.wire_bps
+        now_ns = time.monotonic_ns()
+        if now_ns - self._noted_ns > NOTE_NS:
+            self._noted_ns = now_ns
+            if estimate := self.goodput.estimate(now_ns):
+                notes.goodput_bps = estimate.wire_bps
 
     @property
     def codec_text(self) -> str | None:
@@ -457,7 +464,9 @@ class Outbound:
         estimate = self.goodput.estimate(time.monotonic_ns())
         if remaining_bytes is None or estimate is None or estimate.raw_bps <= 0:
             return None
-        waiting = self._backlog.bytes_waiting + self._link.connection.window.outstanding_raw_bytes
+        waiting = (
+            self._backlog.bytes_waiting + self._link.connection.window.outstanding_raw_bytes
+        )
         return (remaining_bytes + waiting) / estimate.raw_bps * 1000 + HANDOVER_RESERVE_MS
 
     def take_ack(self) -> None:
@@ -493,13 +502,13 @@ class Outbound:
         if wire_bytes:
             idle, self._link_idle = self._link_idle, retained_bytes == 0
             self._carried.acked(wire_bytes, raw_bytes, now_ns, source_limited=idle)
-            if estimate := self._carried.estimate(now_ns):
-                self._link.allow_unsent(estimate.wire_bps)
+            if now_ns - self._fitted_ns > NOTE_NS:
+                self._fitted_ns = now_ns
+                if estimate := self._carried.estimate(now_ns):
+                    self._link.allow_unsent(estimate.wire_bps)
 
 
-def _encode_literals(
-    pages: ClassifiedPages, codec: CodecSetting
-) -> tuple[bytes | None, int]:
+def _encode_literals(pages: ClassifiedPages, codec: CodecSetting) -> tuple[bytes | None, int]:
     """Compress a batch's literals together; None if they do not shrink. Runs in a thread."""
     started_ns = time.perf_counter_ns()
     raw = np.ascontiguousarray(pages.literals).reshape(-1)

@@ -1,4 +1,4 @@
-"""What both commands have around a migration: report, ledger, trace, progress, and the last words."""
+"""What both commands have around a migration: report, ledger, trace, progress, last words."""
 
 import datetime
 import os
@@ -16,7 +16,14 @@ from migrate.params import OutputParams
 from migrate.report.html import report_html
 from migrate.report.ledger import Ledger
 from migrate.report.progress import ProgressDisplay, ProgressState
-from migrate.report.report import Report, ReportBuilder, Role, report_json, write_report, write_text
+from migrate.report.report import (
+    Report,
+    ReportBuilder,
+    Role,
+    report_json,
+    write_report,
+    write_text,
+)
 from migrate.report.summary import summary_lines
 from migrate.report.trace import TraceWriter
 

@@ -44,10 +44,10 @@ from proto.link import messages
 from proto.link.connection import LinkConnection
 from proto.link.messages import CommitKind, Message
 from proto.link.state import Role
+from proto.packing import clip_text
 from proto.qemu.format import RP_SHUT
 from proto.qemu.return_path import ReturnPathReader
 from proto.qemu.stream_reader import POSTCOPY_REASON
-from proto.packing import clip_text
 
 CALL_OFF_S = 45.0
 """Longest time to bring the guest back after a failure."""
@@ -118,7 +118,7 @@ class SourceRun:
             if self._scope.cancelled_caught:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
-            error = most_telling(raised)
+            error = await self._peers_reason(most_telling(raised))
             await self._call_off(guest, error)
             raise error from raised
         finally:
@@ -128,23 +128,32 @@ class SourceRun:
     async def _call_off(self, guest: SourceGuest, error: MigrationError) -> None:
         """Leave the guest to the source, unless COMMIT was sent: then never."""
         handover = self._handover
+        if handover is not None and (handover.commit_sent or handover.shut_relayed):
+            error.guest_on = GuestOn.HANDED_OVER if handover.shut_relayed else GuestOn.UNKNOWN
+            return
         with trio.CancelScope(shield=True), trio.move_on_after(CALL_OFF_S):
-            if self._link is not None:
-                with trio.move_on_after(FAREWELL_S):
-                    text = clip_text(str(error))
-                    abort = messages.Abort(error.code, text, error.guest_on.value)
-                    await self._link.try_send(abort)
-            if handover is not None and (handover.commit_sent or handover.shut_relayed):
-                error.guest_on = (
-                    GuestOn.HANDED_OVER if handover.shut_relayed else GuestOn.UNKNOWN
-                )
-                return
-            where = await guest.go_on()
-            self._session.say(where.text)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._say_abort, error)
+                where = await guest.go_on()  # at once: the guest may be standing still
+                self._session.say(where.text)
             error.guest_on = where.guest_on
             self._run_state = where.run_state
             return
         error.guest_on = GuestOn.UNKNOWN
+
+    async def _say_abort(self, error: MigrationError) -> None:
+        if self._link is not None:
+            abort = messages.Abort(error.code, clip_text(str(error)), error.guest_on.value)
+            with trio.move_on_after(FAREWELL_S):
+                await self._link.farewell(abort)
+
+    async def _peers_reason(self, error: MigrationError) -> MigrationError:
+        """Why the connection was lost, if the destination said so before."""
+        if self._link is not None and isinstance(error, PeerLostError):
+            with trio.CancelScope(shield=True):
+                if abort := await self._link.last_words():
+                    return _gave_up(abort)
+        return error
 
     # --- the migration ------------------------------------------------------------------------
 
@@ -219,7 +228,9 @@ class SourceRun:
         assert self._agreement is not None
         postcopy = self._outbound.state.opaque_rest == POSTCOPY_REASON
         if postcopy and self._agreement.kind is not CommitKind.RELAYED:
-            raise GuestError("postcopy only works with --commit relay", guest_on=GuestOn.UNKNOWN)
+            raise GuestError(
+                "postcopy only works with --commit relay", guest_on=GuestOn.UNKNOWN
+            )
 
     async def _connect(self) -> Link:
         params = self._params
@@ -257,10 +268,10 @@ class SourceRun:
                         pass
                     case messages.Bye():
                         self._peer_said_bye = True
-                    case messages.Abort(_, text, guest_on):
-                        raise PeerRefusedError(
-                            f"the destination gave up: {text}", guest_on=GuestOn(guest_on)
-                        )
+                    case messages.Abort():
+                        if self._handover is None or not self._handover.commit_sent:
+                            raise _gave_up(message)
+                        await control.send(message)  # the commit knows what it means
                     case messages.ReturnPath(data):
                         await self._relay(guest, bytes(data), return_path)
                     case _:
@@ -269,9 +280,7 @@ class SourceRun:
 
     def _finished(self) -> bool:
         handover = self._handover
-        return handover is not None and (
-            handover.running is not None or handover.shut_relayed
-        )
+        return handover is not None and (handover.running is not None or handover.shut_relayed)
 
     async def _relay(
         self, guest: SourceGuest, data: bytes, return_path: ReturnPathReader
@@ -317,3 +326,9 @@ class SourceRun:
             downtime_limit_ms=self._params.downtime_limit_ms,
             codec=outbound.codec_text,
         )
+
+
+def _gave_up(abort: messages.Abort) -> PeerRefusedError:
+    return PeerRefusedError(
+        f"the destination gave up: {abort.message}", guest_on=GuestOn(abort.guest_on)
+    )

@@ -30,12 +30,16 @@ PROBE_EVERY_BATCHES: Final = 64
 
 FIRST_OPTIMISM_BATCHES: Final = 64
 MAX_OPTIMISM_BATCHES: Final = 8192
-SLOW_LINK_BPS: Final = 50_000_000
-"""400 Mbit/s: below it the strong level keeps up with the link on a third of one core."""
+SLOW_LINK_BPS: Final = 150_000_000
+"""1.2 Gbit/s: below it the strong level keeps up with the link on less than one core."""
 
 _UPGRADE_GAIN: Final = 1.10
 _DOWNGRADE_LOSS: Final = 0.98
 _DEMAND_MARGIN: Final = 1.25
+_FREE_CAPACITY: Final = 2.0
+_FREE_CAPACITY_HELD: Final = 1.5
+"""Encoders that could take in this many times what the link lets through are free: then a stronger
+codec costs nobody anything and saves bytes. The lower bound holds for a codec in use."""
 _ENCODER_BOUND: Final = 0.7
 _WEIGHT: Final = 0.25
 """Weight of a new batch in the running averages."""
@@ -118,20 +122,20 @@ class CodecChoice:
     """Choose a codec per batch. Not for several threads at once."""
 
     def __init__(self, workers: int, priors: tuple[CodecPrior, ...] = PRIORS) -> None:
-        """Start with lz4: never far from the best while the link is unknown.
+        """Start with zstd:1: right on links of up to a few Gbit/s, some milliseconds on others.
 
         Args:
             workers: Encoder threads that can run at the same time, at least 1.
-            priors: Candidates from cheap to strong, among them lz4.
+            priors: Candidates from cheap to strong, among them zstd:1.
 
         Raises:
-            ValueError: No worker, or lz4 is missing.
+            ValueError: No worker, or zstd:1 is missing.
         """
         if workers < 1:
             raise ValueError(f"expected at least one worker, got {workers}")
         self._workers = workers
         self._estimates = [_Estimate(prior) for prior in priors]
-        self._current = [prior.setting for prior in priors].index(LZ4)
+        self._current = [prior.setting for prior in priors].index(ZSTD_1)
         self._link_bps: float | None = None
         self._batches = 0
         self._since_change = 0
@@ -231,7 +235,7 @@ class CodecChoice:
 
     def _reconsider(self, link: GoodputEstimate) -> None:
         if link.saturated or self._encoder_bound(link):
-            better = self._fastest()
+            better = self._strongest_free(self._fastest())
         else:
             better = self._cheapest_for(_DEMAND_MARGIN * self._demand_bps(link))
         if better != self._current:
@@ -249,6 +253,18 @@ class CodecChoice:
         return next(
             (i for i in range(self._current) if throughputs[i] >= good_enough), self._current
         )
+
+    def _strongest_free(self, fastest: int) -> int:
+        """The strongest codec beyond ``fastest`` that keeps the encoders half idle, if any."""
+        if self._link_bps is None or self._estimates[fastest].setting == NONE:
+            return fastest
+        for index in range(len(self._estimates) - 1, fastest, -1):
+            estimate = self._estimates[index]
+            spare = _FREE_CAPACITY_HELD if index == self._current else _FREE_CAPACITY
+            needed = spare * self._link_bps / max(estimate.ratio, 1e-6)
+            if self._allowed(index) and estimate.speed_bps * self._workers >= needed:
+                return index
+        return fastest
 
     def _cheapest_for(self, demand_bps: float) -> int:
         throughputs = self._throughputs()

@@ -7,8 +7,13 @@ because it says "at least this much" and not "this much".
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 from migrate.units import NS_PER_MS, NS_PER_S
+
+SLICE_NS: Final = 10 * NS_PER_MS
+"""Acknowledgements are summed up in slices of this length: a fast link brings thousands a second,
+and an estimate is asked for with each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +31,26 @@ class GoodputEstimate:
     saturated: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
+@dataclass(slots=True)
+class _Sums:
+    busy_ns: int = 0
+    wire_bytes: int = 0
+    raw_bytes: int = 0
+
+    def add(self, busy_ns: int, wire_bytes: int, raw_bytes: int) -> None:
+        self.busy_ns += busy_ns
+        self.wire_bytes += wire_bytes
+        self.raw_bytes += raw_bytes
+
+
+@dataclass(slots=True)
+class _Slice:
+    """All acknowledgements of ``SLICE_NS``, and apart the share in which the link was the limit."""
+
+    begin_ns: int
     end_ns: int
-    busy_ns: int
-    wire_bytes: int
-    raw_bytes: int
-    limited: bool
+    all: _Sums
+    limited: _Sums
 
 
 class Goodput:
@@ -50,7 +68,7 @@ class Goodput:
         """
         self._window_ns = window_ns
         self._min_busy_ns = min_busy_ns
-        self._samples: deque[_Sample] = deque()
+        self._slices: deque[_Slice] = deque()
         self._in_flight_bytes = 0
         self._busy_since_ns = 0
 
@@ -87,14 +105,18 @@ class Goodput:
         self._in_flight_bytes -= wire_bytes
         busy_ns = max(0, now_ns - self._busy_since_ns)
         self._busy_since_ns = max(now_ns, self._busy_since_ns)
-        self._samples.append(
-            _Sample(now_ns, busy_ns, wire_bytes, raw_bytes, not source_limited)
-        )
-        self._forget(now_ns)
+        if not self._slices or now_ns - self._slices[-1].begin_ns >= SLICE_NS:
+            self._forget(now_ns)
+            self._slices.append(_Slice(now_ns, now_ns, _Sums(), _Sums()))
+        latest = self._slices[-1]
+        latest.end_ns = max(now_ns, latest.end_ns)
+        latest.all.add(busy_ns, wire_bytes, raw_bytes)
+        if not source_limited:
+            latest.limited.add(busy_ns, wire_bytes, raw_bytes)
 
     def reconnected(self, now_ns: int) -> None:
         """Forget everything measured: another connection may be another path."""
-        self._samples.clear()
+        self._slices.clear()
         self._in_flight_bytes = 0
         self._busy_since_ns = now_ns
 
@@ -109,23 +131,23 @@ class Goodput:
         """
         self._forget(now_ns)
         first_ns = now_ns - (self._window_ns if horizon_ns is None else horizon_ns)
-        recent = [sample for sample in self._samples if sample.end_ns >= first_ns]
-        busy_ns = sum(sample.busy_ns for sample in recent)
-        limited = [sample for sample in recent if sample.limited]
-        limited_ns = sum(sample.busy_ns for sample in limited)
-        saturated = 2 * limited_ns >= busy_ns
-        chosen, chosen_ns = (limited, limited_ns) if saturated else (recent, busy_ns)
-        if chosen_ns < self._min_busy_ns:
+        recent, limited = _Sums(), _Sums()
+        for part in self._slices:
+            if part.end_ns >= first_ns:
+                recent.add(part.all.busy_ns, part.all.wire_bytes, part.all.raw_bytes)
+                sums = part.limited
+                limited.add(sums.busy_ns, sums.wire_bytes, sums.raw_bytes)
+        saturated = 2 * limited.busy_ns >= recent.busy_ns
+        chosen = limited if saturated else recent
+        if chosen.busy_ns < self._min_busy_ns:
             return None
-        wire_bytes = sum(sample.wire_bytes for sample in chosen)
-        raw_bytes = sum(sample.raw_bytes for sample in chosen)
         return GoodputEstimate(
-            wire_bps=wire_bytes * NS_PER_S / chosen_ns,
-            raw_bps=raw_bytes * NS_PER_S / chosen_ns,
+            wire_bps=chosen.wire_bytes * NS_PER_S / chosen.busy_ns,
+            raw_bps=chosen.raw_bytes * NS_PER_S / chosen.busy_ns,
             saturated=saturated,
         )
 
     def _forget(self, now_ns: int) -> None:
-        # The newest sample stays whatever its age: after a pause it is still the best guess.
-        while len(self._samples) > 1 and self._samples[0].end_ns < now_ns - self._window_ns:
-            self._samples.popleft()
+        # The newest slice stays whatever its age: after a pause it is still the best guess.
+        while len(self._slices) > 1 and self._slices[0].end_ns < now_ns - self._window_ns:
+            self._slices.popleft()

@@ -254,7 +254,9 @@ class QemuDestination:
         if self._owned is None:
             return QemuExitedError(f"{self.name} ended; its own log may say why")
         # QEMU says why in its last lines, and an error is one line.
-        return QemuExitedError(f"the destination {self._owned.exited_error()}".replace("\n", " / "))
+        return QemuExitedError(
+            f"the destination {self._owned.exited_error()}".replace("\n", " / ")
+        )
 
 
 @asynccontextmanager

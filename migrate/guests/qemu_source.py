@@ -5,6 +5,8 @@ paused at the end until we answer SHUT, and resumes it by itself when we close t
 """
 
 import contextlib
+import errno
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -178,11 +180,16 @@ class QemuSource:
         raise GuestError(f"{self.name} did not complete the migration", guest_on=GuestOn.SOURCE)
 
     async def _process_gone(self) -> bool:
-        """Whether the monitor closed because the process ended (seen by its pid)."""
+        """Whether the monitor closed because the process ended.
+
+        A dead process whose parent has not asked for its status still has its pid, but nobody
+        listens on its monitor any more.
+        """
         with trio.move_on_after(END_S):
             while True:
-                if self._client.is_closed and not self._client.peer_alive():
-                    return True
+                if self._client.is_closed:
+                    if not self._client.peer_alive() or _is_abandoned(self._client.path):
+                        return True
                 await trio.sleep(0.05)
         return False
 
@@ -269,6 +276,13 @@ class QemuSource:
             if state.status == "paused":
                 self._paused_by_user = True
                 self.stopped_at_ns = None
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether the process that listened on this unix socket has ended."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
 
 
 def _monotonic_ns(timestamp_us: int | None) -> int:

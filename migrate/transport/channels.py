@@ -149,8 +149,8 @@ def reason(error: OSError) -> str:
     """The cause in words, without Python's and trio's decoration."""
     if error.strerror:
         # trio says the address again: "Error connecting to ('::1', 7001, 0, 0): Connection refused"
-        decorated = error.errno and error.strerror.startswith("Error connecting to ")
-        return os.strerror(error.errno) if decorated else error.strerror
+        decorated = error.strerror.startswith("Error connecting to ")
+        return os.strerror(error.errno or 0) if decorated else error.strerror
     cause = error.__cause__
     if isinstance(cause, ExceptionGroup) and isinstance(cause.exceptions[0], OSError):
         return reason(cause.exceptions[0])

@@ -19,10 +19,15 @@ from proto.errors import RemoteProtocolError, VersionMismatchError
 from proto.guest_events import NEED_DATA
 from proto.link.connection import Event, LinkClosed, LinkConnection
 from proto.link.frames import FrameType
-from proto.link.messages import KeepAlive, Message
+from proto.link.messages import Abort, KeepAlive, Message
 
 KEEPALIVE_S = 2.0
 """A side that has nothing to say says so this often."""
+
+LAST_WORDS_S = 0.5
+"""They are in the socket's buffer already, or were never said."""
+
+SCRATCH_BYTES = 65536
 
 PEER_SILENCE_S = 15.0
 """A peer that said nothing for this long is lost: seven keep-alives did not come."""
@@ -49,7 +54,7 @@ class Link:
         self._send_lock = trio.Lock()
         self._low_water = 1
         self._unsent = LINK_NOTSENT_BYTES
-        self._closing = False
+        self._broken = ""
         self.connection = connection
         self.peer = peer
 
@@ -72,18 +77,18 @@ class Link:
             PeerLostError: The connection is broken.
         """
         async with self._send_lock:
+            if self._broken:
+                raise PeerLostError(self._broken)
             buffers: list[Buffer] = self.connection.send(message)
             if framed is not None:
                 framed(sum(map(len, buffers)))
             try:
                 return await send_all(self._sock, buffers)
             except OSError as error:
-                self.connection.send_failed()
-                raise PeerLostError(
-                    f"lost the connection to {self.peer}: {reason(error)}"
-                ) from error
+                self._broken = f"lost the connection to {self.peer}: {reason(error)}"
+                raise PeerLostError(self._broken) from error
             except BaseException:
-                self.connection.send_failed()
+                self._broken = f"a message to {self.peer} was cut off"
                 raise
 
     async def receive(self) -> Message | None:
@@ -153,15 +158,45 @@ class Link:
         """Run as a task: show the peer that we are there."""
         while True:
             await trio.sleep(KEEPALIVE_S)
-            if not self.connection.may_send(FrameType.KEEPALIVE):
+            if not self._may_send(FrameType.KEEPALIVE):
                 return
             await self.send(KeepAlive())
 
     async def try_send(self, message: Message) -> None:
         """Send a farewell if it is legal and the connection still carries it."""
-        if self.connection.may_send(message.frame_type):
+        if self._may_send(message.frame_type):
             with contextlib.suppress(PeerLostError):
                 await self.send(message)
+
+    def _may_send(self, frame_type: FrameType) -> bool:
+        return not self._broken and self.connection.may_send(frame_type)
+
+    async def farewell(self, message: Message) -> None:
+        """Say a last word, if it is legal, and wait until the peer has closed its end.
+
+        A close with bytes unread resets the connection, and a reset overtakes the last word. The
+        deadline is the caller's.
+        """
+        await self.try_send(message)
+        scratch = bytearray(SCRATCH_BYTES)
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            while await self._sock.recv_into(scratch):
+                pass
+
+    async def last_words(self) -> Abort | None:
+        """Look for the peer's ABORT in what arrived before the connection broke.
+
+        Whoever sends notices a peer that left before anybody reads why it did.
+        """
+        with (
+            trio.move_on_after(LAST_WORDS_S),
+            contextlib.suppress(PeerLostError, PeerProtocolError),
+        ):
+            while (message := await self.receive()) is not None:
+                if isinstance(message, Abort):
+                    return message
+        return None
 
     def close(self) -> None:
         """Close the connection."""

@@ -104,6 +104,15 @@ def test_a_part_of_a_page_buffer_is_written_as_it_is(rows: slice) -> None:
     assert written == b"".join(record(i, row.tobytes()) for i, row in enumerate(data))
 
 
+def test_other_memory_of_the_same_shape_is_no_page_buffer() -> None:
+    whole = np.arange(3 * 4104, dtype=np.uint8).reshape(3, 4104)
+    rows = whole[:, :PAGE_SIZE].copy()
+    written = b"".join(
+        page_records(BLOCK, page_array(range(3)), whole[:, :PAGE_SIZE], named=False)
+    )
+    assert written == b"".join(record(i, row.tobytes()) for i, row in enumerate(rows))
+
+
 def test_a_view_of_received_bytes_is_written() -> None:
     data = np.ndarray((1, PAGE_SIZE), np.uint8, page_of(5))
     assert b"".join(page_records(BLOCK, page_array([1]), data, named=False)) == record(

@@ -82,6 +82,20 @@ def test_batches_are_bounded_and_in_order(data: bytes) -> None:
             assert 0 < len(pages) <= (256 if isinstance(event, PageRun) else 65536)
 
 
+@pytest.mark.parametrize("piece_bytes", [65_536, 100_003, 2_000_000])
+def test_a_stream_longer_than_the_buffer_is_read_whole(piece_bytes: int) -> None:
+    pages = [qs.page_of(i) if i % 40 > 7 else 0 for i in range(1500)]
+    body = b"".join(
+        qs.record(i, page, None if i else b"pc.ram") for i, page in enumerate(pages)
+    )
+    start = qs.header() + qs.ram_start([(b"pc.ram", 1500)])
+    data = start + qs.section(body) + qs.section(b"", last=True) + qs.tail()
+    events, consumed = qs.read(data, range(0, len(data), piece_bytes))
+    reference = qs.Reference(data).parse()
+    assert qs.ram_at_barriers(qs.flat(events)) == qs.ram_at_barriers(reference)
+    assert consumed == len(data) > 4_000_000
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 

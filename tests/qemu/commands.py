@@ -218,6 +218,11 @@ class Command:
         files = sorted(self.state_dir.glob("*")) if self.state_dir.exists() else []
         return [json.loads(path.read_text())["state"] for path in files]
 
+    async def wait_state(self, state: str) -> None:
+        """Wait until the handover recorded this."""
+        while self.state_files != [state]:
+            await trio.sleep(0.01)
+
     def kill(self) -> None:
         """As a crash would."""
         self.process.kill()
@@ -264,10 +269,10 @@ class Bench:
         if failure is not None:
             raise failure
 
-    def kill(self, pid: int) -> None:
-        """Kill a process of this test that one of the commands started."""
+    def send_signal(self, pid: int, number: signal.Signals) -> None:
+        """Signal a process of this test that one of the commands started."""
         assert pid in self.processes()
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
     async def end(self) -> None:
         """Kill whatever is left of this test."""
@@ -326,6 +331,10 @@ class Bench:
 
         client: QmpClient = await self._nursery.start(hold)
         return client
+
+    async def monitor_of(self, command: "Destination") -> QmpClient:
+        """Open the monitor of the QEMU that a migrate-dst started, where it says that it is."""
+        return await self.monitor(Path((await command.wait_line(r"its monitor is (\S+),"))[1]))
 
     # --- the commands ---------------------------------------------------------------------------
 

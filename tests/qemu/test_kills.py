@@ -1,6 +1,11 @@
 """Whatever dies, in whatever phase: at most one side runs the guest, and it is said which."""
 
+import fcntl
+import os
 import signal
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +26,9 @@ PHASES = {
     # the guest is paused on both sides
     "hold": ("--hold-before-commit",),
 }
+F_OFD_SETLK = 37
+"""Linux's number; the fcntl module does not name it."""
+
 phases = pytest.mark.parametrize("phase", ["pre-copy", "stop-and-copy"])
 
 
@@ -77,6 +85,15 @@ async def migrating(bench: Bench, phase: str, *qemu: str) -> Migration:
     return Migration(bench, source, settings, src, dst, pids[0])
 
 
+@contextmanager
+def taken_disk(path: Path) -> Iterator[None]:
+    """Hold the locks with which QEMU tells that a disk image is in use."""
+    with path.open("rb+") as file:
+        everything = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
+        fcntl.fcntl(file, F_OFD_SETLK, everything)
+        yield
+
+
 @phases
 async def test_destination_command_is_killed(short_tmp: Path, phase: str) -> None:
     async with Bench.open(short_tmp) as bench:
@@ -100,20 +117,35 @@ async def test_source_command_is_killed(short_tmp: Path, phase: str) -> None:
 async def test_destination_qemu_is_killed(short_tmp: Path, phase: str) -> None:
     async with Bench.open(short_tmp) as bench:
         run = await migrating(bench, phase)
-        bench.kill(run.destination_pid)
+        bench.send_signal(run.destination_pid, signal.SIGKILL)
         await run.fails(run.dst, 24, "QEMU ended by signal 9", "source")
         await run.fails(run.src, 12, "QEMU ended by signal 9", "source")
         await run.check_source_has_it()
 
 
-@phases
-async def test_source_qemu_is_killed(short_tmp: Path, phase: str) -> None:
+async def test_source_qemu_is_killed(short_tmp: Path) -> None:
     async with Bench.open(short_tmp) as bench:
-        run = await migrating(bench, phase)
+        run = await migrating(bench, "pre-copy")
         run.source.process.kill()
         await run.fails(run.src, 24, "exited in the middle of the migration", "neither")
         await run.fails(run.dst, 12, "exited in the middle of the migration", "neither")
         assert await bench.left_behind(run.src, run.dst) == []
+
+
+async def test_guest_survives_when_the_source_qemu_dies_with_its_stream_read(
+    short_tmp: Path,
+) -> None:
+    """Nobody asks for the dead QEMU's status meanwhile, as an init process that sleeps."""
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "stop-and-copy")
+        counter = await run.source.ticks()
+        run.source.process.kill()
+        assert await run.src.wait() == 0, run.src.text
+        assert await run.dst.wait() == 0, run.dst.text
+        assert run.src.guest_on == run.dst.guest_on == "destination"
+        monitor = await bench.monitor_of(run.dst)
+        assert await ticks(monitor) >= counter
+        assert await runs(monitor)
 
 
 async def test_destination_command_is_killed_while_both_sides_wait(short_tmp: Path) -> None:
@@ -129,7 +161,9 @@ async def test_source_command_is_killed_while_both_sides_wait(short_tmp: Path) -
     async with Bench.open(short_tmp) as bench:
         run = await migrating(bench, "hold")
         run.src.kill()
-        await run.fails(run.dst, 11, "migrate-src at 127.0.0.1", "neither")
+        await run.fails(run.dst, 11, "migrate-src at 127.0.0.1", "source")
+        assert "'cont' in the source's monitor brings it back" in run.dst.text
+        assert run.dst.state_files == ["ABORTED"]
         assert await run.source.run_state() == "postmigrate"
         assert await bench.left_behind(run.src, run.dst) == []
         await queries.cont(run.source.monitor)
@@ -139,7 +173,103 @@ async def test_source_command_is_killed_while_both_sides_wait(short_tmp: Path) -
 async def test_destination_qemu_is_killed_while_both_sides_wait(short_tmp: Path) -> None:
     async with Bench.open(short_tmp) as bench:
         run = await migrating(bench, "hold")
-        bench.kill(run.destination_pid)
+        bench.send_signal(run.destination_pid, signal.SIGKILL)
         await run.fails(run.dst, 24, "QEMU ended by signal 9", "source")
         await run.fails(run.src, 12, "QEMU ended by signal 9", "source")
         await run.check_source_has_it()
+
+
+async def test_destination_command_is_killed_after_commit_was_sent(short_tmp: Path) -> None:
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "hold")
+        run.dst.process.send_signal(signal.SIGSTOP)
+        run.src.process.send_signal(signal.SIGUSR1)
+        await run.src.wait_state("COMMIT_SENT")
+        run.dst.kill()
+        await run.fails(run.src, 50, "COMMIT was sent and no RUNNING came back", "unknown")
+        assert "never 'cont' the source while that is unknown" in run.src.error
+        assert run.src.state_files == ["COMMIT_SENT"]
+        assert await run.source.run_state() == "postmigrate"
+        assert await bench.left_behind(run.src, run.dst) == []
+
+
+async def test_source_command_is_killed_after_commit_was_sent(short_tmp: Path) -> None:
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "hold")
+        run.dst.process.send_signal(signal.SIGSTOP)
+        run.src.process.send_signal(signal.SIGUSR1)
+        await run.src.wait_state("COMMIT_SENT")
+        await trio.sleep(0.3)  # COMMIT leaves right after the record
+        run.src.kill()
+        run.dst.process.send_signal(signal.SIGCONT)
+        assert await run.dst.wait() == 0, run.dst.text
+        assert run.dst.guest_on == "destination"
+        assert run.dst.state_files == ["COMMITTED"]
+        assert await runs(await bench.monitor_of(run.dst))
+        assert await run.source.run_state() == "postmigrate"
+
+
+async def test_interrupt_at_the_destination_while_both_sides_wait(short_tmp: Path) -> None:
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "hold")
+        run.dst.process.send_signal(signal.SIGINT)
+        await run.fails(run.dst, 30, "cancelled by SIGINT", "source")
+        await run.fails(run.src, 12, "the destination gave up: cancelled by SIGINT", "source")
+        await run.check_source_has_it()
+
+
+async def test_interrupt_at_the_source_while_both_sides_wait(short_tmp: Path) -> None:
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "hold")
+        run.src.process.send_signal(signal.SIGINT)
+        await run.fails(run.src, 30, "cancelled by SIGINT", "source")
+        await run.fails(run.dst, 12, "the source gave up: cancelled by SIGINT", "source")
+        await run.check_source_has_it()
+
+
+async def test_guest_that_cannot_run_at_the_destination_goes_on_at_the_source(
+    short_tmp: Path,
+) -> None:
+    disk = short_tmp / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    drive = ("-blockdev", f"driver=file,node-name=d,filename={disk}",
+             "-device", "virtio-blk-pci,drive=d,addr=0x6")  # fmt: skip
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "hold", *drive)
+        with taken_disk(disk):
+            run.src.process.send_signal(signal.SIGUSR1)
+            await run.fails(run.dst, 22, "'cont'", "neither")
+        await run.fails(run.src, 12, "the guest could not run at the destination", "source")
+        assert run.src.state_files == []
+        await run.check_source_has_it()
+
+
+@phases
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_interrupt_while_the_destination_qemu_hangs(
+    short_tmp: Path, phase: str, side: str
+) -> None:
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, phase)
+        bench.send_signal(run.destination_pid, signal.SIGSTOP)
+        await trio.sleep(0.5)
+        one, other = (run.src, run.dst) if side == "source" else (run.dst, run.src)
+        one.process.send_signal(signal.SIGINT)
+        await run.fails(one, 30, "cancelled by SIGINT", "source")
+        await run.fails(other, 12, f"the {side} gave up: cancelled by SIGINT", "source")
+        await run.check_source_has_it()
+
+
+@pytest.mark.parametrize("how", ["quit", "system_reset"])
+async def test_guest_that_powers_off_on_the_way(short_tmp: Path, how: str) -> None:
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "pre-copy", "-no-reboot")
+        await run.source.monitor.execute(how)
+        assert await run.src.wait() == 26, run.src.text
+        assert run.src.error == "the guest powered off in the middle of the migration"
+        assert run.src.guest_on == "source"
+        assert run.src.lines[-1] == (
+            "the guest is on the source, not running: QEMU says 'shutdown'"
+        )
+        await run.fails(run.dst, 12, "the source gave up: the guest powered off", "source")
+        assert await bench.left_behind(run.src, run.dst) == []

@@ -68,8 +68,7 @@ async def test_guest_arrives(short_tmp: Path, way_in: str, way_out: str, kind: s
             assert command.state_files == []
         assert src.report["integrity"]["equal"]
         if machine is None:
-            path = (await dst.wait_line(r"its monitor is (\S+),"))[1]
-            monitor = await bench.monitor(Path(path))
+            monitor = await bench.monitor_of(dst)
         else:
             monitor = machine.monitor
             assert await bench.left_behind(src, dst) == []
@@ -146,7 +145,7 @@ async def test_paused_guest_stays_paused(short_tmp: Path) -> None:
         for command in (src, dst):
             assert command.lines[-1] == "the guest is on the destination, not running: QEMU says 'paused'"
             assert command.report["guest_state"] == "paused"
-        monitor = await bench.monitor(Path((await dst.wait_line(r"its monitor is (\S+),"))[1]))
+        monitor = await bench.monitor_of(dst)
         assert (await queries.query_run_state(monitor)).status == "paused"
         assert await ticks(monitor) == counter
         await queries.cont(monitor)
@@ -166,7 +165,7 @@ async def test_guest_that_is_stopped_by_its_user_on_the_way_arrives_paused(short
         assert await src.wait() == 0, src.text
         assert await dst.wait() == 0, dst.text
         assert src.report["guest_state"] == dst.report["guest_state"] == "paused"
-        monitor = await bench.monitor(Path((await dst.wait_line(r"its monitor is (\S+),"))[1]))
+        monitor = await bench.monitor_of(dst)
         assert await ticks(monitor) == counter
         assert (await queries.query_run_state(monitor)).status == "paused"
 

@@ -1,6 +1,7 @@
 """What the style tests look at: the project's files and their syntax trees."""
 
 import ast
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -13,21 +14,21 @@ PYTHON_MARK: Final = b"#!/usr/bin/env python3"
 
 @cache
 def project_files() -> list[Path]:
-    """List every file of the project, committed or not; in a source archive without git, all."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode == 0:
+    """List every file of the project, committed or not; without git, all of them."""
+    git = shutil.which("git")
+    if git is not None and (ROOT / ".git").exists():
+        # The checkout may belong to another user than the one who tests it.
+        listing = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        command = [git, "-c", "safe.directory=*", *listing]
+        listed = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
         paths = [ROOT / name for name in listed.stdout.split("\0") if name]
     else:
         inside = (
             path for package in (*PACKAGES, "docs") for path in (ROOT / package).rglob("*")
         )
-        paths = [path for path in inside if "__pycache__" not in path.parts]
+        paths = [*ROOT.glob("*"), *(path for path in inside if "__pycache__" not in path.parts)]
     return sorted(path for path in paths if path.is_file())
 
 

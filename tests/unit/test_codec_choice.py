@@ -65,9 +65,9 @@ class World:
         return sum(a != b for a, b in pairwise(kept))
 
 
-def test_it_starts_with_lz4_and_stays_while_the_link_is_unknown() -> None:
+def test_it_starts_with_zstd_1_and_stays_while_the_link_is_unknown() -> None:
     choice = CodecChoice(workers=2)
-    assert {choice.choose(None) for _ in range(PROBE_EVERY_BATCHES - 1)} == {LZ4}
+    assert {choice.choose(None) for _ in range(PROBE_EVERY_BATCHES - 1)} == {ZSTD_1}
 
 
 def test_200_mbit_gets_zstd_at_once_and_for_good() -> None:
@@ -78,11 +78,18 @@ def test_200_mbit_gets_zstd_at_once_and_for_good() -> None:
     assert world.changes() <= 2
 
 
-def test_1_gbit_gets_zstd_1() -> None:
+def test_1_gbit_gets_the_strong_level_as_long_as_the_encoders_are_half_idle() -> None:
     world = World(link_bps=125e6)
     world.run(400)
-    assert world.choice.current == ZSTD_1
+    assert world.choice.current == ZSTD_3
     assert world.changes() == 1
+
+
+def test_2_gbit_gets_zstd_1() -> None:
+    world = World(link_bps=250e6)
+    world.run(400)
+    assert world.choice.current == ZSTD_1
+    assert world.changes() == 0
     assert ZSTD_3 not in world.sent
 
 
@@ -168,7 +175,7 @@ def test_one_batch_in_64_goes_to_a_neighbour() -> None:
     world.run(10 * PROBE_EVERY_BATCHES)
     probes = [s for s, kept in zip(world.sent, world.kept, strict=True) if s != kept]
     assert len(probes) == 10
-    assert set(probes) == {LZ4}
+    assert set(probes) == {ZSTD_1}
 
 
 def test_a_link_that_became_faster_is_noticed_while_the_encoder_is_the_limit() -> None:

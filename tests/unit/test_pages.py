@@ -182,13 +182,14 @@ def test_zero_pages_that_the_destination_has_are_not_sent_again() -> None:
     assert (last.zero_pages.tolist(), last.same_count) == ([2], 2)
 
 
-def test_an_evicted_page_travels_again() -> None:
+def test_the_oldest_page_leaves_the_cache_and_travels_again() -> None:
     migration = Migration(cache_slots=2)
     for page, number in enumerate([1, 2, 3]):
         migration.send(0, {page: number})
-    migration.send(0, {5: 3})
+    slots = [part.literal_slots.tolist() for part in migration.classes]
+    assert slots == [[0], [1], [0]]
+    migration.send(0, {5: 3, 6: 1})
     assert migration.classes[-1].ref_pages.tolist() == [5]
-    migration.send(0, {6: 1})
     assert migration.classes[-1].literal_pages.tolist() == [6]
 
 
