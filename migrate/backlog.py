@@ -49,6 +49,14 @@ class Backlog(Generic[T]):
         self._lot.unpark_all()
         return item
 
+    async def get_burst(self, max_bytes: int) -> list[T]:
+        """Take the oldest item, waiting for one, and those behind it up to ``max_bytes`` in all."""
+        items = [await self.get()]
+        room = max_bytes
+        while self._items and (room := room - self._items[0][1]) >= 0:
+            items.append(await self.get())
+        return items
+
     def raise_limit(self, limit_bytes: int) -> None:
         """Allow more from now on."""
         self.limit_bytes = limit_bytes

@@ -33,8 +33,8 @@ from migrate.params import DestinationParams, LinkAddress
 from migrate.qemu.process import OwnedQemu
 from migrate.report.progress import ProgressState
 from migrate.report.report import Report
-from migrate.session import PROGRESS_S, Session, most_telling, private_dir
-from migrate.state_file import ABORTED, StateFile
+from migrate.session import PROGRESS_S, Session, most_telling, private_dir, told_or_bug
+from migrate.state_file import ABORTED, StateFile, check_state_dir
 from migrate.transport.channels import listen
 from migrate.transport.link import Link
 from proto.link import messages
@@ -81,6 +81,7 @@ class DestinationRun:
         """Take a migration in; what can go wrong is returned with the report, not raised."""
         error: MigrationError | None = None
         try:
+            check_state_dir(self._params.state_dir)
             with private_dir(self._params.run_dir) as run_dir:
                 async with self._open_guest(run_dir) as guest:
                     self._session.builder.report.destination = guest.form
@@ -150,22 +151,34 @@ class DestinationRun:
                 _remove_run_files(qemu_dir)
 
     async def _take_in_or_discard(self, guest: DestinationGuest) -> None:
+        failure: BaseException | None = None
         try:
             with self._scope:
                 await self._take_in(guest)
             if self._scope.cancelled_caught:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
-        except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
-            error = await self._peers_reason(most_telling(raised))
-            if self._handover is not None and self._handover.run_state is not None:
-                self._session.warn(f"after the guest was taken over: {error}")
-                await guest.keep()
-                return
-            await self._discard(guest, error)
-            raise error from raised
+        except (Exception, BaseExceptionGroup) as raised:
+            failure = raised
+        try:
+            if failure is not None:
+                await self._after_failure(guest, failure)
         finally:
             if self._link is not None:
                 self._link.close()
+
+    async def _after_failure(self, guest: DestinationGuest, failure: BaseException) -> None:
+        """Give the migration up, or warn only if the guest is here already."""
+        told, bug = told_or_bug(failure)
+        error = await self._peers_reason(told)
+        arrived = self._handover is not None and self._handover.run_state is not None
+        if arrived:
+            self._session.warn(f"after the guest was taken over: {error}")
+            with trio.CancelScope(shield=True):
+                await guest.keep()
+        else:
+            await self._discard(guest, error)
+        if bug is not None or not arrived:
+            raise (bug or error) from failure
 
     async def _discard(self, guest: DestinationGuest, error: MigrationError) -> None:
         """Give the migration up: record it, make this copy unable to run, tell the source."""
@@ -214,7 +227,9 @@ class DestinationRun:
     async def _take_in(self, guest: DestinationGuest) -> None:
         session = self._session
         async with trio.open_nursery() as nursery:
-            link, hello = await nursery.start(self._listen)
+            to_us, sources = trio.open_memory_channel[tuple[Link, Hello]](1)
+            nursery.start_soon(self._listen, to_us)
+            link, hello = await sources.receive()
             self._link = link
             session.builder.setup_done(time.monotonic_ns())
             agreement = self._agreement = await answer_hello(
@@ -293,7 +308,7 @@ class DestinationRun:
 
     async def _receive_all(self, link: Link, control: trio.MemorySendChannel[Message]) -> None:
         assert self._inbound is not None
-        async with control:
+        with control:
             while (message := await link.receive()) is not None:
                 if FRAMES[message.frame_type].numbered:
                     self._inbound.take(message)
@@ -323,7 +338,7 @@ class DestinationRun:
 
     # --- strangers and the source ---------------------------------------------------------------
 
-    async def _listen(self, task_status: trio.TaskStatus[tuple[Link, Hello]]) -> None:
+    async def _listen(self, source: trio.MemorySendChannel[tuple[Link, Hello]]) -> None:
         """Accept connections; the first that says HELLO is the source, later ones hear "busy"."""
         listener = await listen(self._params.listen, "migrate-src")
         try:
@@ -335,7 +350,7 @@ class DestinationRun:
                 while True:
                     sock, peer = await listener.accept()
                     await limiter.acquire_on_behalf_of(sock)
-                    nursery.start_soon(self._meet, sock, str(peer[0]), limiter, task_status)
+                    nursery.start_soon(self._meet, sock, str(peer[0]), limiter, source)
         finally:
             listener.close()
 
@@ -344,7 +359,7 @@ class DestinationRun:
         sock: trio.socket.SocketType,
         host: str,
         limiter: trio.CapacityLimiter,
-        task_status: trio.TaskStatus[tuple[Link, Hello]],
+        source: trio.MemorySendChannel[tuple[Link, Hello]],
     ) -> None:
         link = Link(sock, LinkConnection(Role.DESTINATION), f"migrate-src at {host}")
         adopted = False
@@ -358,7 +373,7 @@ class DestinationRun:
                     await link.try_send(messages.Refused("busy", busy))
                     return
                 self._taken = adopted = True
-                task_status.started((link, hello))
+                source.send_nowait((link, hello))
         except (PeerLostError, PeerProtocolError) as error:
             self._session.say(f"turned away a connection from {host}: {error}")
             with trio.move_on_after(FAREWELL_S):
@@ -388,6 +403,7 @@ class DestinationRun:
             ram_bytes=sum(b.used_length for b in blocks.blocks) if blocks else None,
             pages=session.ledger.pages,
             wire_bytes=link.connection.received_bytes,
+            receiving=True,
         )
 
 

@@ -36,6 +36,7 @@ from typing import TypeVar
 import trio
 
 from migrate.errors import (
+    DeadlineExceededError,
     GuestError,
     GuestOn,
     IntegrityError,
@@ -112,13 +113,16 @@ class SourceHandover:
             SwitchoverUnknownError: COMMIT was sent and no RUNNING came.
             MigrationError: Anything else, before the point of no return.
         """
-        with trio.fail_after(VERIFY_S):
+        with trio.move_on_after(VERIFY_S) as waiting:
             await self._verified()  # paused at the source; dies: the source resumes
             if self.kind is CommitKind.HELD:
-                await self._expect(
-                    messages.Ready
-                )  # loaded and paused; dies: the source resumes
+                # loaded and paused there; dies: the source resumes
+                await self._expect(messages.Ready)
                 self.times.ready_ns = time.monotonic_ns()
+        if waiting.cancelled_caught:
+            raise DeadlineExceededError(
+                f"{self.link.peer} did not verify and load the guest within {VERIFY_S:.0f} s"
+            )
         if self.kind is CommitKind.RELAYED:
             await self._relayed()
             return
@@ -340,16 +344,19 @@ class DestinationHandover:
             started_ns = time.monotonic_ns()
             self.state_file.write(COMMITTED, peer=self.link.peer, guest=self.guest.name)
             self.committed = True
+            failure: MigrationError | None = None
             try:
                 if self.kind is CommitKind.WITHHELD:
                     await self.guest.load_end()
-                self.run_state = await self.guest.run(run_state)
-            except (MigrationError, trio.TooSlowError) as error:
-                await self._give_back(error)
-                raise
+                self.run_state = run_state = await self.guest.run(run_state)
+            except MigrationError as error:
+                failure = error
+            if failure is not None:
+                await self._give_back(failure)
+                raise failure
             self.times.running_ns = time.monotonic_ns()
             resume_ns = self.times.running_ns - started_ns
-            await self.link.try_send(messages.Running(self.run_state, self.load_ns, resume_ns))
+            await self.link.try_send(messages.Running(run_state, self.load_ns, resume_ns))
 
     async def _give_back(self, error: Exception) -> None:
         """The guest cannot run here: make sure it never will, then say so."""

@@ -34,8 +34,30 @@ from proto.link.pages import PageBatch, bytes_by_class
 MAX_QUEUED_BYTES = 192 * 2**20
 """The source's window never lets more than 64 MiB be under way; three times that is no accident."""
 
+MAX_BURST_BYTES = 4 << 20
+"""What is decoded in one thread hop, if so much has queued up."""
+
+ACK_PAUSE_S = 0.005
+"""Acknowledgements are at least this far apart: little beside a window of 40 ms, and a fast link
+would otherwise carry one for every batch in each of its two meanings."""
+
 MARK_BYTES = 1 << 20
 """The guest is asked what it has loaded about once per batch of this size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One numbered message, ready for the guest.
+
+    Attributes:
+        seq: Its number.
+        events: What the guest must be given; may be nothing.
+        encoded_bytes: Its page content on the wire.
+    """
+
+    seq: int
+    events: list[GuestEvent]
+    encoded_bytes: int
 
 
 @dataclass(slots=True)
@@ -129,30 +151,38 @@ class Inbound:
             PeerProtocolError: A batch does not decode.
         """
         self._ledger.start_round(0, 0)
-        to_load, decoded = trio.open_memory_channel[tuple[int, list[GuestEvent], int]](1)
+        to_load, decoded = trio.open_memory_channel[list[Decoded]](0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_consumed)
             nursery.start_soon(self._acknowledge)
             nursery.start_soon(self._decode_all, to_load)
             await self._load_all(decoded)
 
-    async def _decode_all(
-        self, out: trio.MemorySendChannel[tuple[int, list[GuestEvent], int]]
-    ) -> None:
+    async def _decode_all(self, out: trio.MemorySendChannel[list[Decoded]]) -> None:
         async with out:
             while self.state.end is None:
-                seq, message = await self._queue.get()
-                try:
-                    events = await self._decode(message)
-                except CodecError as error:
-                    raise PeerProtocolError(f"frame {seq} does not decode: {error}") from error
-                raw_bytes = len(message.encoded) if isinstance(message, PageBatch) else 0
-                await out.send((seq, events, raw_bytes))
+                burst = await self._queue.get_burst(MAX_BURST_BYTES)
+                decoded = await trio.to_thread.run_sync(
+                    self._decode_burst, burst, limiter=self._decoding
+                )
+                await out.send(decoded)
 
-    async def _decode(self, message: Message) -> list[GuestEvent]:
+    def _decode_burst(self, burst: list[tuple[int, Message]]) -> list[Decoded]:
+        """Decode what has queued up, in order; runs in a thread, one burst at a time."""
+        decoded = []
+        for seq, message in burst:
+            try:
+                events = self._decode(message)
+            except CodecError as error:
+                raise PeerProtocolError(f"frame {seq} does not decode: {error}") from error
+            encoded_bytes = len(message.encoded) if isinstance(message, PageBatch) else 0
+            decoded.append(Decoded(seq, events, encoded_bytes))
+        return decoded
+
+    def _decode(self, message: Message) -> list[GuestEvent]:
         match message:
             case PageBatch():
-                return await self._decode_pages(message)
+                return self._decode_pages(message)
             case messages.RamBlockTable(blocks, start):
                 self._opaque_hash.update(start)
                 return [self._take_blocks(RamBlocks(blocks, bytes(start)))]
@@ -178,10 +208,10 @@ class Inbound:
                 self.state.end = message
         return []
 
-    async def _decode_pages(self, batch: PageBatch) -> list[GuestEvent]:
+    def _decode_pages(self, batch: PageBatch) -> list[GuestEvent]:
         applier = self.state.applier
         assert applier is not None, "the link protocol allows no page before the block list"
-        applied = await trio.to_thread.run_sync(applier.apply, batch, limiter=self._decoding)
+        applied = applier.apply(batch)
         pages = {
             "zero": len(batch.zero_pages),
             "same": batch.same_count,
@@ -202,16 +232,15 @@ class Inbound:
         )
         return blocks
 
-    async def _load_all(
-        self, decoded: trio.MemoryReceiveChannel[tuple[int, list[GuestEvent], int]]
-    ) -> None:
-        async with decoded:
-            async for seq, events, size in decoded:
-                await self._guest.load(events)
-                self.state.loaded_seq = seq
-                if any(_opens_return_path(event) for event in events):
-                    self._answers.set()
-                await self._mark(seq, size)
+    async def _load_all(self, bursts: trio.MemoryReceiveChannel[list[Decoded]]) -> None:
+        async with bursts:
+            async for burst in bursts:
+                for item in burst:
+                    await self._guest.load(item.events)
+                    self.state.loaded_seq = item.seq
+                    if any(_opens_return_path(event) for event in item.events):
+                        self._answers.set()
+                    await self._mark(item.seq, item.encoded_bytes)
         self._last_seq = self.state.loaded_seq
         await self._guest.mark(self._last_seq)
         while not self._all_consumed:
@@ -252,6 +281,8 @@ class Inbound:
             self._news = trio.Event()
             received = self._link.connection.sequence.received_seq
             await self._link.send(messages.Ack(received, self._consumed_seq))
+            if not self._all_consumed:
+                await trio.sleep(ACK_PAUSE_S)
 
 
 def _opens_return_path(event: GuestEvent) -> bool:

@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,6 +123,15 @@ def private_dir(parent: Path) -> Iterator[Path]:
             path.rmdir()
 
 
+async def wait_stalled(progress: Callable[[], Hashable], limit_s: float) -> None:
+    """Return once ``progress()`` has given the same value for ``limit_s`` seconds."""
+    last, since = progress(), trio.current_time()
+    while trio.current_time() - since < limit_s:
+        await trio.sleep(limit_s / 30)
+        if (now := progress()) != last:
+            last, since = now, trio.current_time()
+
+
 def most_telling(error: BaseException) -> MigrationError:
     """Of all that went wrong at once, pick what a person should read.
 
@@ -137,6 +146,14 @@ def most_telling(error: BaseException) -> MigrationError:
     if not known:
         return MigrationError("a step of the migration took too long")
     return max(known, key=_weight)
+
+
+def told_or_bug(failure: BaseException) -> tuple[MigrationError, Exception | None]:
+    """As ``most_telling``; a bug of ours comes second, and what to tell the peer of it first."""
+    try:
+        return most_telling(failure), None
+    except Exception as bug:
+        return MigrationError(f"internal error: {bug!r}"), bug
 
 
 def _weight(error: MigrationError) -> int:

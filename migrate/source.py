@@ -7,9 +7,10 @@ beside them, and makes sure that a failure before the point of no return leaves 
 here.
 """
 
+import math
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import trio
 
 from migrate.errors import (
     ConnectError,
+    DeadlineExceededError,
     GuestError,
     GuestOn,
     MigrationCancelledError,
@@ -24,22 +26,31 @@ from migrate.errors import (
     PeerLostError,
     PeerRefusedError,
 )
-from migrate.guests.base import GuestProgress, SourceGuest
+from migrate.guests.base import GuestProgress, SourceGuest, Whereabouts
 from migrate.guests.gateway_source import GatewaySource, open_gateway
 from migrate.guests.qemu_source import open_qemu_source
 from migrate.handover import SourceHandover
 from migrate.hello import Agreement, introduce
 from migrate.hold import CommitHold
-from migrate.outbound import HANDOVER_RESERVE_MS, Outbound
+from migrate.outbound import Outbound
 from migrate.params import SourceParams, default_run_dir
 from migrate.report.progress import ProgressState
 from migrate.report.report import Report
-from migrate.session import PROGRESS_S, Session, most_telling, private_dir
+from migrate.sending import HANDOVER_RESERVE_MS, Sender
+from migrate.session import (
+    PROGRESS_S,
+    Session,
+    most_telling,
+    private_dir,
+    told_or_bug,
+    wait_stalled,
+)
 from migrate.source_report import source_report
-from migrate.state_file import StateFile
+from migrate.state_file import StateFile, check_state_dir
 from migrate.transport.channels import connect_tcp
 from migrate.transport.link import Link
 from proto.guest_events import GuestEvent
+from proto.limits import MAX_DATA_BYTES
 from proto.link import messages
 from proto.link.connection import LinkConnection
 from proto.link.messages import CommitKind, Message
@@ -51,6 +62,9 @@ from proto.qemu.stream_reader import POSTCOPY_REASON
 
 CALL_OFF_S = 45.0
 """Longest time to bring the guest back after a failure."""
+
+STALL_S = 30.0
+"""How long the stopped guest waits while nothing moves: the link's own silence limit twice."""
 
 FAREWELL_S = 3.0
 FINISH_S = 30.0
@@ -64,6 +78,7 @@ class SourceRun:
         self._session = session
         self._handover: SourceHandover | None = None
         self._outbound: Outbound | None = None
+        self._sender: Sender | None = None
         self._link: Link | None = None
         self._agreement: Agreement | None = None
         self._scope = trio.CancelScope()
@@ -112,18 +127,31 @@ class SourceRun:
                 yield gateway
 
     async def _migrate_or_call_off(self, guest: SourceGuest) -> None:
+        failure: BaseException | None = None
         try:
             with self._scope:
                 await self._migrate(guest)
             if self._scope.cancelled_caught:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
-        except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
-            error = await self._peers_reason(most_telling(raised))
-            await self._call_off(guest, error)
-            raise error from raised
+        except (Exception, BaseExceptionGroup) as raised:
+            failure = raised
+        try:
+            if failure is not None:
+                await self._after_failure(guest, failure)
         finally:
             if self._link is not None:
                 self._link.close()
+
+    async def _after_failure(self, guest: SourceGuest, failure: BaseException) -> None:
+        """Call the migration off, or warn only if the guest is handed over already."""
+        told, bug = told_or_bug(failure)
+        error = await self._peers_reason(told)
+        if self._finished():
+            self._session.warn(f"after the guest was handed over: {error}")
+        else:
+            await self._call_off(guest, error)
+        if bug is not None or not self._finished():
+            raise (bug or error) from failure
 
     async def _call_off(self, guest: SourceGuest, error: MigrationError) -> None:
         """Leave the guest to the source, unless COMMIT was sent: then never."""
@@ -134,12 +162,18 @@ class SourceRun:
         with trio.CancelScope(shield=True), trio.move_on_after(CALL_OFF_S):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._say_abort, error)
-                where = await guest.go_on()  # at once: the guest may be standing still
+                where = await self._go_on(guest)  # at once: the guest may be standing still
                 self._session.say(where.text)
             error.guest_on = where.guest_on
             self._run_state = where.run_state
             return
         error.guest_on = GuestOn.UNKNOWN
+
+    async def _go_on(self, guest: SourceGuest) -> Whereabouts:
+        try:
+            return await guest.go_on()
+        except MigrationError as error:
+            return Whereabouts(GuestOn.UNKNOWN, f"cannot bring the guest back: {error}")
 
     async def _say_abort(self, error: MigrationError) -> None:
         if self._link is not None:
@@ -159,6 +193,7 @@ class SourceRun:
 
     async def _migrate(self, guest: SourceGuest) -> None:
         session, params = self._session, self._params
+        check_state_dir(params.state_dir)
         facts = await guest.facts()
         session.builder.report.qemu_version = facts.qemu_version
         pending: list[GuestEvent] = []
@@ -176,17 +211,25 @@ class SourceRun:
             session.warn(warning)
         session.builder.report.not_checked += agreement.not_checked
         session.builder.report.commit = agreement.kind.value
-        to_control, control = trio.open_memory_channel[Message](64)
+        await self._carry(guest, link, agreement, pending)
+
+    def _begin_handover(
+        self,
+        guest: SourceGuest,
+        link: Link,
+        agreement: Agreement,
+        control: trio.MemoryReceiveChannel[Message],
+    ) -> SourceHandover:
+        params = self._params
+        sender = self._sender = Sender(link, self._session.ledger, params.max_bandwidth_bps)
         outbound = self._outbound = Outbound(
             guest,
-            link,
+            sender,
             seed=agreement.seed,
             slot_count=agreement.slot_count,
             compress=params.compress,
-            max_bandwidth_bps=params.max_bandwidth_bps,
-            ledger=session.ledger,
         )
-        handover = self._handover = SourceHandover(
+        return SourceHandover(
             guest=guest,
             link=link,
             control=control,
@@ -195,10 +238,24 @@ class SourceRun:
             state_file=StateFile(params.state_dir, "source", agreement.migration_id),
             hold=self._hold.wait if params.hold_before_commit else None,
         )
+
+    async def _carry(
+        self,
+        guest: SourceGuest,
+        link: Link,
+        agreement: Agreement,
+        pending: list[GuestEvent],
+    ) -> None:
+        """Carry the guest over and hand it over, watching link and guest beside it."""
+        session = self._session
+        to_control, control = trio.open_memory_channel[Message](64)
+        handover = self._handover = self._begin_handover(guest, link, agreement, control)
+        outbound = handover.outbound
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
             nursery.start_soon(self._receive, link, guest, to_control)
             nursery.start_soon(self._show_progress, guest)
+            nursery.start_soon(self._watch_stop, link, outbound)
             if isinstance(guest, GatewaySource):
                 nursery.start_soon(guest.refuse_more_connections)
             session.enter("precopy")
@@ -211,6 +268,28 @@ class SourceRun:
             session.enter("done")
             await self._farewell(guest, link)
             nursery.cancel_scope.cancel()
+
+    async def _watch_stop(self, link: Link, outbound: Outbound) -> None:
+        """Bring the guest back if it stands still for a destination that takes nothing in.
+
+        The handover, which begins when everything is sent, has deadlines of its own.
+        """
+        sender = self._sender
+        assert sender is not None
+        window = link.connection.window
+
+        def progress() -> Hashable:
+            stopped = outbound.state.switchover_at_ns is not None
+            return (link.written_bytes, window.consumed_seq) if stopped else object()
+
+        # A frame is paid for before it is sent: at the lowest rates that alone takes a minute.
+        paying_s = 2 * MAX_DATA_BYTES / (self._params.max_bandwidth_bps or math.inf)
+        await wait_stalled(progress, STALL_S + paying_s)
+        if sender.ended_ns is None:
+            raise DeadlineExceededError(
+                f"{link.peer} has taken nothing in for {STALL_S + paying_s:.0f} s "
+                "while the guest stood still"
+            )
 
     async def _farewell(self, guest: SourceGuest, link: Link) -> None:
         """The guest is over there; nothing here may undo that, so nothing here fails."""
@@ -258,12 +337,12 @@ class SourceRun:
         self, link: Link, guest: SourceGuest, control: trio.MemorySendChannel[Message]
     ) -> None:
         return_path = ReturnPathReader()
-        async with control:
+        with control:
             while (message := await link.receive()) is not None:
                 match message:
                     case messages.Ack():
-                        assert self._outbound is not None
-                        self._outbound.take_ack()
+                        assert self._sender is not None
+                        self._sender.take_ack()
                     case messages.KeepAlive():
                         pass
                     case messages.Bye():
@@ -307,7 +386,7 @@ class SourceRun:
         outbound = self._outbound
         assert outbound is not None
         session = self._session
-        estimate = outbound.goodput.estimate(time.monotonic_ns())
+        estimate = outbound.sender.consumed_estimate()
         goodput = estimate.wire_bps if estimate else None
         stopped = outbound.state.switchover_at_ns is not None
         phase = "stop-and-copy" if stopped and session.phase == "precopy" else session.phase
@@ -322,9 +401,9 @@ class SourceRun:
             goodput_bps=goodput,
             remaining_bytes=remaining,
             dirty_pages_per_s=known.dirty_pages_per_s,
-            expected_downtime_ms=outbound.expected_downtime_ms(remaining),
+            expected_downtime_ms=outbound.sender.expected_downtime_ms(remaining),
             downtime_limit_ms=self._params.downtime_limit_ms,
-            codec=outbound.codec_text,
+            codec=outbound.sender.codec_text,
         )
 
 

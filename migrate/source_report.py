@@ -21,7 +21,7 @@ def source_report(
     builder = session.builder
     if link is not None:
         if outbound is not None:
-            outbound.settle_ledger()
+            outbound.sender.settle_ledger()
         else:
             session.ledger.add_bytes("control", link.sent_bytes)
         session.ledger.close(link.sent_bytes, time.monotonic_ns())
@@ -46,7 +46,7 @@ def source_report(
 
 def _add_rounds(session: Session, outbound: Outbound) -> None:
     for counts in session.ledger.rounds:
-        notes = outbound.round_notes.get(counts.round_no)
+        notes = outbound.sender.round_notes.get(counts.round_no)
         session.builder.end_round(
             counts.round_no,
             (counts.ended_ns or counts.started_ns) - counts.started_ns,
@@ -78,10 +78,11 @@ def _add_downtime(session: Session, outbound: Outbound, handover: SourceHandover
         return
     builder = session.builder
     builder.downtime_part("last_pages", stopped_ns)
-    if state.device_state_at_ns is not None:
-        builder.downtime_part("device_state", state.device_state_at_ns)
-    if state.end_at_ns is not None:
-        builder.downtime_part("verify", state.end_at_ns)
+    sender = outbound.sender
+    if sender.device_state_ns is not None:
+        builder.downtime_part("device_state", sender.device_state_ns)
+    if sender.ended_ns is not None:
+        builder.downtime_part("verify", sender.ended_ns)
     if times.verified_ns is not None:
         builder.downtime_part("load", times.verified_ns)
     builder.downtime_part("commit", times.ready_ns or times.verified_ns or times.running_ns)

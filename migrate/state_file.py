@@ -5,8 +5,11 @@ Written before the act that it allows, with fsync, atomically. One file a migrat
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
+
+from migrate.errors import MigrationError
 
 COMMIT_SENT = "COMMIT_SENT"
 """Source: the destination may run the guest from now on; the source must not, whatever happens."""
@@ -19,6 +22,22 @@ ABORTED = "ABORTED"
 
 RUNNING = "RUNNING"
 """Source: the destination said that the guest runs there."""
+
+
+def check_state_dir(directory: Path) -> None:
+    """See before a migration that a handover can be recorded there.
+
+    Raises:
+        MigrationError: It cannot.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise MigrationError(
+            f"cannot record handovers in {directory}: {error.strerror}"
+        ) from error
 
 
 class StateFile:
@@ -35,10 +54,17 @@ class StateFile:
         """Record ``state`` so that it survives power loss; returns when it does.
 
         Raises:
-            OSError: It cannot be recorded; then the act must not happen.
+            MigrationError: It cannot be recorded; then the act must not happen.
         """
+        try:
+            self._write({"state": state, "unix_time": time.time(), **facts})
+        except OSError as error:
+            raise MigrationError(
+                f"cannot record the handover in {self.path}: {error.strerror}"
+            ) from error
+
+    def _write(self, record: dict[str, object]) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        record = {"state": state, "unix_time": time.time(), **facts}
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w") as file:
             json.dump(record, file)

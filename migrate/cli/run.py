@@ -6,6 +6,7 @@ from typing import Protocol
 import trio
 
 from migrate.errors import MigrationError
+from migrate.memory import keep_freed_memory
 from migrate.report.report import Report
 from migrate.session import Session
 
@@ -31,6 +32,7 @@ def run_command(run: Run, session: Session) -> int:
     touch a migration.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    keep_freed_memory()
     report, error = trio.run(_with_signals, run, session)
     session.finish(report)
     return 0 if error is None else error.exit_code

@@ -88,8 +88,8 @@ class SourceGuest(Protocol):
         """Begin the migration; events flow from then on."""
         ...
 
-    async def next_events(self) -> list[GuestEvent]:
-        """Wait for the next events, at least one."""
+    async def next_events(self, burst_bytes: int) -> list[GuestEvent]:
+        """Wait for the next events, at least one, of about ``burst_bytes`` at most."""
         ...
 
     async def answer(self, message: bytes) -> None:

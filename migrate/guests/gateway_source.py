@@ -4,6 +4,9 @@ There is no monitor: rounds and the stop are read from the stream, and the only 
 answer on the return path, to read slower, or to close the stream.
 """
 
+import contextlib
+import logging
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +19,16 @@ from migrate.params import LinkAddress, SocketAddress, UnixAddress
 from migrate.qemu.local_hop import IncomingHop
 from migrate.transport.channels import listen
 from proto.guest_events import End, GuestEvent, Opaque, OpaqueKind, RamBlocks, Switchover
+from proto.qemu.format import MAGIC, MULTIFD_MAGIC
 from proto.qemu.return_path import shut
+
+HEADER_BYTES = 64 * 1024
+"""Enough for the header and the block list of any machine."""
+
+logger = logging.getLogger(__name__)
+
+STRANGER_S = 5.0
+"""QEMU says what a connection is with the first bytes, at once."""
 
 END_S = 30.0
 """From SHUT to the end of file of the source's stream takes QEMU moments."""
@@ -55,13 +67,27 @@ class GatewaySource:
             GuestError: QEMU opened a second connection: with multifd no RAM block list comes on
                 the first one before the others are taken.
         """
-        sock, _ = await self._listener.accept()
-        self._hop = IncomingHop(sock)
+        self._hop = IncomingHop(await self._accept_qemu())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.refuse_more_connections)
             events = await self._read_header()
             nursery.cancel_scope.cancel()
         return events
+
+    async def _accept_qemu(self) -> trio.socket.SocketType:
+        """Accept connections until one brings a migration stream; strangers are turned away."""
+        while True:
+            sock, _ = await self._listener.accept()
+            adopted = False
+            try:
+                with trio.move_on_after(STRANGER_S), contextlib.suppress(OSError):
+                    adopted = await _brings(sock, MAGIC)
+            finally:
+                if not adopted:
+                    sock.close()
+            if adopted:
+                return sock
+            logger.warning("turned away a connection to the gateway %s: no QEMU", self.uri)
 
     async def _read_header(self) -> list[GuestEvent]:
         events: list[GuestEvent] = []
@@ -70,7 +96,7 @@ class GatewaySource:
             isinstance(e, RamBlocks) or (isinstance(e, Opaque) and e.kind in rest)
             for e in events
         ):
-            events += await self.next_events()
+            events += await self.next_events(HEADER_BYTES)
         return events
 
     async def facts(self) -> Facts:
@@ -81,21 +107,27 @@ class GatewaySource:
         """Nothing to do: events flow as soon as they are read."""
 
     async def refuse_more_connections(self) -> None:
-        """Run beside the migration: a second connection means multifd, which takes pages elsewhere.
+        """Run beside the migration: with multifd pages go over further connections.
+
+        A stranger's connection to the port is closed and changes nothing.
 
         Raises:
-            GuestError: A second connection came.
+            GuestError: A multifd connection came.
         """
-        sock, _ = await self._listener.accept()
-        sock.close()
-        raise GuestError(
-            "the source QEMU opened a second connection: switch the capability multifd off"
-        )
+        while True:
+            sock, _ = await self._listener.accept()
+            with sock, trio.move_on_after(STRANGER_S), contextlib.suppress(OSError):
+                if await _brings(sock, MULTIFD_MAGIC):
+                    raise GuestError(
+                        "the source QEMU opened a second connection: "
+                        "switch the capability multifd off"
+                    )
+            logger.warning("turned away another connection to the gateway %s", self.uri)
 
-    async def next_events(self) -> list[GuestEvent]:
+    async def next_events(self, burst_bytes: int) -> list[GuestEvent]:
         """As the base says; notes the return path and the stop as they pass."""
         assert self._hop is not None
-        events = await self._hop.next_events()
+        events = await self._hop.next_events(burst_bytes)
         for event in events:
             match event:
                 case Opaque(OpaqueKind.OPEN_RETURN_PATH):
@@ -161,6 +193,15 @@ class GatewaySource:
 
     async def finish(self, *, quit_guest: bool) -> None:
         """Nothing: the source QEMU belongs to somebody else."""
+
+
+async def _brings(sock: trio.socket.SocketType, magic: bytes) -> bool:
+    """Whether the peer's first bytes are these; they are left to be read."""
+    while True:
+        data = await sock.recv(len(magic), socket.MSG_PEEK)
+        if len(data) == len(magic) or not magic.startswith(data) or not data:
+            return data == magic
+        await trio.sleep(0.01)  # the rest is on its way; peeking again would not wait for it
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
-from migrate.errors import ConnectError, GuestError
+from migrate.errors import ConnectError, GuestError, GuestOn, QemuStreamBrokenError
 from migrate.guests.base import Facts
 from migrate.params import SocketAddress
 from migrate.qemu.loader import QemuLoader
@@ -40,6 +40,8 @@ class IncomingDestination:
         self._loader: QemuLoader | None = None
         self._marks = 0
         self._end_delivered = False
+        self._discarded = False
+        self._connected = trio.Event()
         self.name = f"the destination QEMU ({address})"
 
     async def facts(self) -> Facts:
@@ -47,7 +49,17 @@ class IncomingDestination:
         return Facts(None, "the destination QEMU was reached without its monitor")
 
     async def watch(self) -> None:
-        """Nothing to see without a monitor: that it ended shows in its stream."""
+        """Wait until the QEMU closes its stream.
+
+        Raises:
+            QemuStreamBrokenError: It did, before it got the end.
+        """
+        await self._connected.wait()
+        await self._open_loader.wait_closed()
+        if not self._end_delivered and not self._discarded:
+            raise QemuStreamBrokenError(
+                f"{self.name} closed its stream; its own log may say why"
+            )
 
     async def receive(self) -> None:
         """Connect; the socket may appear some moments late.
@@ -56,6 +68,7 @@ class IncomingDestination:
             ConnectError: It did not appear.
         """
         self._loader = QemuLoader(OutgoingHop(await self._connect()))
+        self._connected.set()
         self._nursery.start_soon(self._loader.read_return_path)
 
     async def _connect(self) -> trio.socket.SocketType:
@@ -109,8 +122,13 @@ class IncomingDestination:
             QemuStreamBrokenError: It did not say so; ``guest_on`` is ``unknown``.
         """
         self._end_delivered = True
-        with trio.fail_after(END_S):
+        with trio.move_on_after(END_S):
             await self._open_loader.load_end()
+            return
+        raise QemuStreamBrokenError(
+            f"{self.name} got the whole guest and said nothing for {END_S:.0f} s",
+            guest_on=GuestOn.UNKNOWN,
+        )
 
     async def run(self, run_state: str) -> str:
         """It started itself: SHUT 0 came after that."""
@@ -118,6 +136,7 @@ class IncomingDestination:
 
     async def discard(self) -> str:
         """Close the stream: without its end QEMU cannot run the guest."""
+        self._discarded = True
         if self._loader is not None:
             self._loader.close()
         if self._end_delivered:

@@ -73,6 +73,7 @@ class QemuDestination:
         self._nursery: trio.Nursery | None = None
         self._marks = 0
         self._end_delivered = False
+        self._ended_by_us = False
         self._argv: Sequence[str] = ()
         self.form = "owned" if owned else "qmp"
         self.name = f"the destination QEMU ({client.path})"
@@ -95,13 +96,14 @@ class QemuDestination:
         """Wait until the QEMU ends.
 
         Raises:
-            QemuExitedError: It did.
+            QemuExitedError: It did, and not by ``discard``.
         """
         if self._owned is not None:
             await self._owned.wait_exited()
         else:
             await self._client.wait_closed()
-        raise self._exited()
+        if not self._ended_by_us:
+            raise self._exited()
 
     async def receive(self) -> None:
         """Make sure it will not start by itself, let it listen, and connect.
@@ -181,8 +183,10 @@ class QemuDestination:
         async with self._explained():
             with self._client.listen("MIGRATION") as events:
                 await self._open_loader.load_end()
-                with trio.fail_after(LOAD_S):
+                with trio.move_on_after(LOAD_S):
                     await self._wait_loaded(events)
+                    return
+        raise GuestError(f"{self.name} did not complete the load within {LOAD_S:.0f} s")
 
     async def _wait_loaded(self, events: EventListener) -> None:
         while True:
@@ -204,16 +208,22 @@ class QemuDestination:
             GuestError: It cannot run (its disks, most likely).
         """
         if run_state == "running":
-            with self._client.listen("RESUME", "STOP") as events, trio.fail_after(RUN_S):
-                await queries.cont(self._client)
-                await events.next()
+            await self._cont()
         state = await queries.query_run_state(self._client)
         if state.running != (run_state == "running"):
             raise GuestError(f"{self.name} is '{state.status}' after 'cont'")
         return state.status
 
+    async def _cont(self) -> None:
+        with self._client.listen("RESUME", "STOP") as events, trio.move_on_after(RUN_S):
+            await queries.cont(self._client)
+            await events.next()
+            return
+        raise GuestError(f"{self.name} did not run within {RUN_S:.0f} s after 'cont'")
+
     async def discard(self) -> str:
         """Kill the QEMU we started; make an attached one unable to run this guest."""
+        self._ended_by_us = True
         if self._loader is not None:
             self._loader.close()
         if self._owned is not None:
@@ -239,16 +249,15 @@ class QemuDestination:
     @asynccontextmanager
     async def _explained(self) -> AsyncIterator[None]:
         """Say of a broken stream that the QEMU ended, if it did: with why, as far as it said."""
+        broken: GuestError | None = None
         try:
             yield
         except (QmpInterruptedError, QemuStreamBrokenError) as error:
+            broken = error
+        if broken is not None:
             with trio.move_on_after(EXIT_GRACE_S):
-                try:
-                    await self.watch()
-                except QemuExitedError as exited:
-                    exited.guest_on = error.guest_on
-                    raise exited from error
-            raise
+                await self.watch()
+            raise broken
 
     def _exited(self) -> QemuExitedError:
         if self._owned is None:

@@ -113,11 +113,11 @@ class QemuSource:
             listener.close()
             self._socket_path.unlink(missing_ok=True)
 
-    async def next_events(self) -> list[GuestEvent]:
+    async def next_events(self, burst_bytes: int) -> list[GuestEvent]:
         """As the base says; a guest that powers off is told apart from a broken stream."""
         assert self._hop is not None
         try:
-            return await self._hop.next_events()
+            return await self._hop.next_events(burst_bytes)
         except QemuStreamBrokenError as error:
             raise await self._why_broken(error) from error
 
@@ -187,11 +187,13 @@ class QemuSource:
         """
         with trio.move_on_after(END_S):
             while True:
-                if self._client.is_closed:
-                    if not self._client.peer_alive() or _is_abandoned(self._client.path):
-                        return True
+                if self._client.is_closed and self._is_dead():
+                    return True
                 await trio.sleep(0.05)
         return False
+
+    def _is_dead(self) -> bool:
+        return not self._client.peer_alive() or _is_abandoned(self._client.path)
 
     async def _wait_status(self, events: EventListener, wanted: set[str]) -> str:
         while True:

@@ -55,7 +55,7 @@ END_BY_ITSELF_S: Final = 2.0
 COLUMNS: Final = 78
 BANDWIDTH: Final = "400Mbit"
 WORKLOAD: Final = Workload(
-    static_mib=144, wws_mib=64, rate_pages_per_s=8000, check_pages_per_s=20000
+    static_mib=144, wws_mib=64, rate_pages_per_s=6000, check_pages_per_s=20000
 )
 RAM_KIB: Final = 327688
 """Not a multiple of 256 KiB: QEMU 7.2 under TCG loses dirty pages of such RAM."""
@@ -90,7 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="tools/demo",
         description="Migrate a busy Linux guest between two QEMUs of this machine.",
-        epilog="All other options go to migrate-src, e.g. --max-bandwidth 100Mbit, "
+        epilog="All other options go to migrate-src, e.g. --max-bandwidth 1Gbit, "
         "--downtime-limit 1s or --html report.html.",
     )
     _, source_options = parser.parse_known_args()
@@ -339,7 +339,7 @@ def _heartbeat_facts(source: ConsoleLog, destination: ConsoleLog) -> list[Fact]:
     last, first = source.heartbeats.counter[-1], destination.heartbeats.counter[0]
     missing = int(joined.counter[-1] - joined.counter[0]) + 1 - len(joined)
     in_turn = source.heartbeats.host_ns[-1] < destination.heartbeats.host_ns[0]
-    sequence = f"number {last} was the last there, {first} the first here; {missing} lost"
+    sequence = f"{last} was the last there, {first} the first here; {missing} lost"
     silence = f"{joined.largest_gap_ns() / 1e6:.0f} ms at most between two of them"
     return [
         Fact("heartbeats", bool(in_turn) and missing == 0, sequence),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.pages.digests import DigestTable, digest_pages, zero_digest
-from migrate.pages.page_cache import SlotIndex
+from migrate.pages.page_cache import NO_SLOT, SlotIndex
 from proto.guest_events import PageRun, RamBlock, ZeroRun
 
 _NO_PAGES = np.empty(0, np.uint32)
@@ -74,8 +74,13 @@ class Classifier:
             empty,
         )
 
-    def classify(self, run: PageRun) -> ClassifiedPages:
-        """Classify pages with content; ``literals`` may be ``run.data`` itself."""
+    def classify(self, run: PageRun, *, keep: bool = True) -> ClassifiedPages:
+        """Classify pages with content; ``literals`` may be ``run.data`` itself.
+
+        Args:
+            run: The pages.
+            keep: Whether literal pages go into the page cache.
+        """
         digests = digest_pages(run.data, self._seed)
         same = (self.table.get(run.block, run.pages) == digests).all(axis=1)
         zero = (digests == self._zero).all(axis=1) & ~same
@@ -84,7 +89,7 @@ class Classifier:
         literal = ~(same | zero | ref)
         self.table.put(run.block, run.pages, digests)
         all_literal = bool(literal.all())
-        literal_digests = digests if all_literal else digests[literal]
+        slots_kept = self._slots.insert(digests[literal]) if keep else None
         return ClassifiedPages(
             run.block,
             run.pages[zero],
@@ -92,6 +97,8 @@ class Classifier:
             run.pages[ref],
             slots[ref],
             run.pages if all_literal else run.pages[literal],
-            self._slots.insert(literal_digests),
+            slots_kept
+            if slots_kept is not None
+            else np.full(literal.sum(), NO_SLOT, np.uint32),
             run.data if all_literal else run.data[literal],
         )

@@ -183,6 +183,11 @@ class QemuLoader:
                 f"the destination QEMU {said} at the end of the load", guest_on=GuestOn.UNKNOWN
             )
 
+    async def wait_closed(self) -> None:
+        """Wait until the QEMU closed the stream, or we did."""
+        while not self._closed:
+            await self._changed.wait()
+
     def close(self) -> None:
         """Close the stream: before the end was delivered, the QEMU can never run the guest."""
         self._hop.close()

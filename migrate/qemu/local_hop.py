@@ -25,9 +25,6 @@ RETURN_PATH_READ_BYTES = 4096
 PIECE_BYTES = 256 * 1024
 """One receive: small enough that the parser finds the bytes in the processor's cache."""
 
-PIECES = 4
-"""Receives per thread hop: a megabyte, so that a hop of 80 us does not show."""
-
 PIECE_TIMEOUT = struct.pack("ll", 0, 2000)
 """Longest wait for a full piece, struct timeval: 2 ms, once, at the end of a burst."""
 
@@ -50,8 +47,8 @@ class IncomingHop:
         self._blocking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, PIECE_TIMEOUT)
         self.bytes_received = 0
 
-    async def next_events(self) -> list[GuestEvent]:
-        """Events that have come since the last call; at least one, in order.
+    async def next_events(self, burst_bytes: int) -> list[GuestEvent]:
+        """Events of up to ``burst_bytes`` of the stream; at least one, in order.
 
         Receiving and parsing run in a thread: the kernel's copies and ours then cost the rest of
         the engine nothing, and a thread that may wait for a full piece saves a wake-up per 30 KB.
@@ -63,7 +60,9 @@ class IncomingHop:
         try:
             while not events:
                 await trio.lowlevel.wait_readable(self._sock)
-                events = await trio.to_thread.run_sync(self._drain, limiter=self._reading)
+                events = await trio.to_thread.run_sync(
+                    self._drain, burst_bytes, limiter=self._reading
+                )
         except QemuStreamError as error:
             raise QemuStreamBrokenError(f"the source QEMU's stream: {error}") from error
         except OSError as error:
@@ -72,11 +71,11 @@ class IncomingHop:
             ) from error
         return events
 
-    def _drain(self) -> list[GuestEvent]:
-        """Receive and parse up to ``PIECES`` pieces; runs in a thread, one at a time."""
+    def _drain(self, burst_bytes: int) -> list[GuestEvent]:
+        """Receive and parse up to ``burst_bytes``; runs in a thread, one at a time."""
         events: list[GuestEvent] = []
-        for _ in range(PIECES):
-            buffer = self._reader.get_buffer()[:PIECE_BYTES]
+        for start in range(0, burst_bytes, PIECE_BYTES):
+            buffer = self._reader.get_buffer()[: min(PIECE_BYTES, burst_bytes - start)]
             try:
                 count = self._blocking.recv_into(buffer, len(buffer), socket.MSG_WAITALL)
             except BlockingIOError:

@@ -39,15 +39,21 @@ async def send_all(sock: trio.socket.SocketType, buffers: Iterable[Buffer]) -> i
     """
     views = [memoryview(buffer) for buffer in buffers if len(buffer)]
     total = sum(view.nbytes for view in views)
-    start = 0
-    while start < len(views):
-        sent = await sock.sendmsg(views[start : start + IOV_MAX])
-        while start < len(views) and sent >= views[start].nbytes:
-            sent -= views[start].nbytes
-            start += 1
-        if sent:
-            views[start] = views[start][sent:]
+    await send_views(sock, views)
     return total
+
+
+async def send_views(sock: trio.socket.SocketType, views: list[memoryview]) -> None:
+    """Send buffers, none empty, and take them off the list; a cancelled call leaves the rest."""
+    while views:
+        sent = await sock.sendmsg(views[:IOV_MAX])
+        done = 0
+        while done < len(views) and sent >= views[done].nbytes:
+            sent -= views[done].nbytes
+            done += 1
+        del views[:done]
+        if sent:
+            views[0] = views[0][sent:]
 
 
 def tune_link(sock: trio.socket.SocketType) -> None:

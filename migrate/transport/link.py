@@ -12,7 +12,7 @@ from migrate.transport.channels import (
     TCP_NOTSENT_LOWAT,
     Buffer,
     reason,
-    send_all,
+    send_views,
     tune_link,
 )
 from proto.errors import RemoteProtocolError, VersionMismatchError
@@ -20,6 +20,7 @@ from proto.guest_events import NEED_DATA
 from proto.link.connection import Event, LinkClosed, LinkConnection
 from proto.link.frames import FrameType
 from proto.link.messages import Abort, KeepAlive, Message
+from proto.link.state import ENDED, LinkState
 
 KEEPALIVE_S = 2.0
 """A side that has nothing to say says so this often."""
@@ -28,6 +29,9 @@ LAST_WORDS_S = 0.5
 """They are in the socket's buffer already, or were never said."""
 
 SCRATCH_BYTES = 65536
+
+PEER_GONE = frozenset({LinkState.ABORTED, LinkState.REFUSED, LinkState.ERROR, *ENDED})
+"""What is sent in these states crossed the peer's last message, or the reader's error."""
 
 PEER_SILENCE_S = 15.0
 """A peer that said nothing for this long is lost: seven keep-alives did not come."""
@@ -55,6 +59,7 @@ class Link:
         self._low_water = 1
         self._unsent = LINK_NOTSENT_BYTES
         self._broken = ""
+        self._cut_off: list[memoryview] = []
         self.connection = connection
         self.peer = peer
 
@@ -63,10 +68,15 @@ class Link:
         """Bytes written to the link so far."""
         return sum(self.connection.sent_bytes.values())
 
+    @property
+    def written_bytes(self) -> int:
+        """Bytes that the kernel has taken; grows also in the middle of a message."""
+        return self.sent_bytes - sum(view.nbytes for view in self._cut_off)
+
     async def send(self, message: Message, framed: Callable[[int], None] | None = None) -> int:
         """Send one message; returns its bytes on the wire.
 
-        A cancelled send leaves the connection unusable for sending.
+        What a cancelled send left of its message goes out before the next one.
 
         Args:
             message: What to send.
@@ -79,17 +89,26 @@ class Link:
         async with self._send_lock:
             if self._broken:
                 raise PeerLostError(self._broken)
+            if self._cut_off:
+                await self._send_views()
+            if self.connection.state in PEER_GONE and not self._may_send(message.frame_type):
+                raise PeerLostError(f"{self.peer} has ended the migration")
             buffers: list[Buffer] = self.connection.send(message)
+            length = sum(map(len, buffers))
             if framed is not None:
-                framed(sum(map(len, buffers)))
-            try:
-                return await send_all(self._sock, buffers)
-            except OSError as error:
-                self._broken = f"lost the connection to {self.peer}: {reason(error)}"
-                raise PeerLostError(self._broken) from error
-            except BaseException:
-                self._broken = f"a message to {self.peer} was cut off"
-                raise
+                framed(length)
+            self._cut_off = [memoryview(buffer) for buffer in buffers if len(buffer)]
+            await self._send_views()
+            return length
+
+    async def _send_views(self) -> None:
+        """Send what a message still lacks; a cancelled call leaves the rest in ``_cut_off``."""
+        try:
+            await send_views(self._sock, self._cut_off)
+        except OSError as error:
+            self._cut_off.clear()
+            self._broken = f"lost the connection to {self.peer}: {reason(error)}"
+            raise PeerLostError(self._broken) from error
 
     async def receive(self) -> Message | None:
         """Next message; None when the peer closed the connection in good order.

@@ -105,7 +105,8 @@ def test_a_part_of_a_page_buffer_is_written_as_it_is(rows: slice) -> None:
 
 
 def test_other_memory_of_the_same_shape_is_no_page_buffer() -> None:
-    whole = np.arange(3 * 4104, dtype=np.uint8).reshape(3, 4104)
+    whole = np.empty((3, 8 + PAGE_SIZE), np.uint8)
+    whole[:] = np.arange(8 + PAGE_SIZE) % 251
     rows = whole[:, :PAGE_SIZE].copy()
     written = b"".join(
         page_records(BLOCK, page_array(range(3)), whole[:, :PAGE_SIZE], named=False)

@@ -14,7 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, Self
@@ -95,27 +95,28 @@ class Machine:
         """Whether the guest really goes on, now."""
         return await runs(self.monitor)
 
+    async def stands_still(self) -> bool:
+        return await stands_still(self.monitor)
+
     async def settings(self) -> tuple[dict[str, bool], dict[str, Any]]:
         """Migration capabilities and parameters."""
         capabilities = await queries.query_capabilities(self.monitor)
         return capabilities, await queries.query_parameters(self.monitor)
 
-    async def wait_run_state(self, *wanted: str) -> None:
-        while await self.run_state() not in wanted:
-            await trio.sleep(0.02)
+    async def wait_run_state(self, wanted: str) -> None:
+        async def reached() -> bool:
+            return await self.run_state() == wanted
+
+        await until(reached)
 
     async def wait_round(self, syncs: int) -> None:
         """Wait until the migration's dirty bitmap was synced ``syncs`` times."""
-        while True:
-            status = await queries.query_migrate(self.monitor)
-            if status.status == "active" and status.ram is not None:
-                if status.ram.dirty_sync_count >= syncs:
-                    return
-            await trio.sleep(0.02)
 
-    async def wait_migration_ended(self) -> None:
-        while not (await queries.query_migrate(self.monitor)).has_ended:
-            await trio.sleep(0.02)
+        async def reached() -> bool:
+            ram = (await queries.query_migrate(self.monitor)).ram
+            return ram is not None and ram.dirty_sync_count >= syncs
+
+        await until(reached)
 
     async def migrate(self, uri: str) -> None:
         """What a person types into the monitor."""
@@ -131,13 +132,37 @@ async def ticks(client: QmpClient) -> int:
 
 
 async def runs(client: QmpClient) -> bool:
-    """Whether the guest's counter advances: within half a second, or never."""
+    """Whether the guest's counter advances."""
+    return await _advances(client, 5)
+
+
+async def stands_still(client: QmpClient) -> bool:
+    """Whether the guest's counter has stopped: it would advance nine times meanwhile."""
+    return not await _advances(client, 0.5)
+
+
+async def _advances(client: QmpClient, within_s: float) -> bool:
     before = await ticks(client)
-    with trio.move_on_after(0.5):
-        while await ticks(client) == before:
-            await trio.sleep(0.02)
+
+    async def advanced() -> bool:
+        return await ticks(client) != before
+
+    with trio.move_on_after(within_s):
+        await until(advanced)
         return True
     return False
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Poll: what another process does has no event here."""
+    while not await condition():  # noqa: ASYNC110
+        await trio.sleep(0.02)
+
+
+async def until_true(condition: Callable[[], bool]) -> None:
+    """Poll what needs no question to anybody."""
+    while not condition():  # noqa: ASYNC110
+        await trio.sleep(0.02)
 
 
 class Command:
@@ -220,8 +245,7 @@ class Command:
 
     async def wait_state(self, state: str) -> None:
         """Wait until the handover recorded this."""
-        while self.state_files != [state]:
-            await trio.sleep(0.01)
+        await until_true(lambda: self.state_files == [state])
 
     def kill(self) -> None:
         """As a crash would."""
@@ -264,7 +288,7 @@ class Bench:
                         await bench.end()
                 nursery.cancel_scope.cancel()
         if scope.cancelled_caught:
-            said = "\n".join(f"--- {c.process.args}\n{c.text}" for c in bench.commands)
+            said = "\n".join(f"--- {c.process.args!r}\n{c.text}" for c in bench.commands)
             pytest.fail(f"hangs; the commands said\n{said}")
         if failure is not None:
             raise failure
@@ -302,8 +326,12 @@ class Bench:
         """Start the guest and wait until it counts (not if it is started with ``-S``)."""
         command = self.qemu_command(*more, noise_mib=noise_mib, hot_pages=hot_pages)
         machine = await self.machine(command)
-        while "-S" not in more and not await machine.ticks():
-            await trio.sleep(0.02)
+
+        async def counts() -> bool:
+            return await machine.ticks() > 0
+
+        if "-S" not in more:
+            await until(counts)
         return machine
 
     async def machine(self, command: Sequence[str]) -> Machine:
@@ -323,8 +351,7 @@ class Bench:
         """Open a monitor until the end of the test."""
 
         async def hold(task_status: trio.TaskStatus[QmpClient]) -> None:
-            while not accepts(path):
-                await trio.sleep(0.02)
+            await until_true(lambda: accepts(path))
             async with open_qmp(path) as client:
                 task_status.started(client)
                 await trio.sleep_forever()
@@ -336,9 +363,22 @@ class Bench:
         """Open the monitor of the QEMU that a migrate-dst started, where it says that it is."""
         return await self.monitor(Path((await command.wait_line(r"its monitor is (\S+),"))[1]))
 
+    async def say(self, port: int, data: bytes) -> bytes:
+        """Be a stranger at a port; returns what it answers before it hangs up."""
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            answer = b""
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.send_all(data)
+                await stream.send_eof()
+                async for part in stream:
+                    answer += part
+            return answer
+
     # --- the commands ---------------------------------------------------------------------------
 
-    async def destination(self, *arguments: str, qemu: Sequence[str] | None = None) -> Destination:
+    async def destination(
+        self, *arguments: str, qemu: Sequence[str] | None = None
+    ) -> Destination:
         """Start migrate-dst, with a QEMU of its own if given, and wait until it listens."""
         command = await self.start_destination(*arguments, qemu=qemu)
         listening = await command.wait_line(r"listening on \S+:(\d+) for migrate-src")
@@ -414,13 +454,11 @@ class Bench:
         Processes and sockets always count; files and folders unless the command was killed.
         """
         with trio.move_on_after(5):
-            while found := self._left(commands):
-                await trio.sleep(0.02)
-            return []
+            await until_true(lambda: not self._left(commands))
         return self._left(commands)
 
     def _left(self, commands: Sequence[Command]) -> list[str]:
-        known = {*self._machines, *(command.process.pid for command in commands)}
+        known = {*self._machines, *(command.process.pid for command in self.commands)}
         found = [f"process {pid}" for pid in self.processes() if pid not in known]
         for command in commands:
             killed = (command.process.returncode or 0) < 0

@@ -65,10 +65,10 @@ def drop_batch() -> None:
     decode = migrate.inbound.Inbound._decode_pages
     batches = 0
 
-    async def forgetful(self: Any, batch: PageBatch) -> Any:
+    def forgetful(self: Any, batch: PageBatch) -> Any:
         nonlocal batches
         batches += 1
-        return [] if batches == 2 else await decode(self, batch)
+        return [] if batches == 2 else decode(self, batch)
 
     migrate.inbound.Inbound._decode_pages = forgetful  # type: ignore[method-assign]
 
@@ -77,13 +77,13 @@ def flip_device_state() -> None:
     """One bit of the device state changes on its way."""
     decode = migrate.inbound.Inbound._decode
 
-    async def flipped(self: Any, message: Message) -> Any:
+    def flipped(self: Any, message: Message) -> Any:
         if isinstance(message, DeviceStateData) and message.codec_id == 1:
             damaged = bytearray(message.encoded)
             damaged[len(damaged) // 2] ^= 1
             message = DeviceStateData(bytes(damaged), message.raw_len, message.codec_id)
         assert not isinstance(message, OpaqueData) or message.encoded is not None
-        return await decode(self, message)
+        return decode(self, message)
 
     migrate.inbound.Inbound._decode = flipped  # type: ignore[method-assign]
 

@@ -14,7 +14,7 @@ from migrate.qemu import queries
 from proto.link import messages
 from proto.link.connection import LinkConnection
 from proto.link.state import Role
-from tests.qemu.commands import Bench, Command, Machine, free_port
+from tests.qemu.commands import RAM_KIB, Bench, Command, Machine, free_port
 
 pytestmark = pytest.mark.qemu
 
@@ -37,7 +37,11 @@ async def fail(command: Command, status: int, code: str) -> str:
     report = command.report
     assert report["error"]["code"] == code
     assert "Traceback" not in command.text
-    assert command.lines.count("the guest runs on the source") + command.lines.count("the guest is on the source") == 1
+    assert (
+        command.lines.count("the guest runs on the source")
+        + command.lines.count("the guest is on the source")
+        == 1
+    )
     assert command.lines[-1].startswith("the guest ")
     assert command.guest_on == "source"
     print(status, command.error)
@@ -68,7 +72,7 @@ async def unix_server(path: Path, greeting: bytes) -> AsyncIterator[Path]:
     await sock.bind(str(path))
     sock.listen(5)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, serve, [trio.SocketListener(sock)])
+        await nursery.start(trio.serve_listeners, serve, [trio.SocketListener(sock)])
         yield path
         nursery.cancel_scope.cancel()
 
@@ -93,7 +97,9 @@ async def test_monitor_that_is_none(short_tmp: Path) -> None:
             ):
                 nursery.start_soon(self_check, bench, path, text)
         async with queries_client(bench, source):
-            await self_check(bench, source.qmp, f"{source.qmp} gave no QMP greeting: the monitor is in use")
+            await self_check(
+                bench, source.qmp, f"{source.qmp} gave no QMP greeting: the monitor is in use"
+            )
         assert await source.runs()
 
 
@@ -113,20 +119,26 @@ async def self_check(bench: Bench, path: Path, text: str) -> None:
     assert await bench.left_behind(src, dst) == []
 
 
+RNG = ("-device", "virtio-rng-pci,addr=0x5")
+DIFFERENCES = {
+    "RAM: source 67117056 bytes, destination 33554432 bytes": RNG,
+    "machine type: source pc-q35-7.2, destination pc-q35-7.1": (*RNG, "-machine", "pc-q35-7.1"),
+    "CPU model: source qemu64, destination Nehalem": (*RNG, "-cpu", "Nehalem"),
+    "device only on the destination: virtio-rng-pci at 0000:00:06.0": (
+        *(*RNG, "-device", "virtio-rng-pci,addr=0x6"),
+    ),
+    "device only on the source: virtio-rng-pci at 0000:00:05.0": (),
+    "vCPUs: source 1, destination 2": (*RNG, "-smp", "2"),
+}
+
+
 async def test_machines_that_differ(short_tmp: Path) -> None:
     async with Bench.open(short_tmp) as bench:
-        source = await bench.source("-device", "virtio-rng-pci,addr=0x5")
+        source = await bench.source(*RNG)
         settings = await source.settings()
-        rng = ("-device", "virtio-rng-pci,addr=0x5")
-        for command, text in (
-            (bench.qemu_command(*rng, ram_kib=32 << 10), "RAM: source 67117056 bytes, destination 33554432"),
-            (bench.qemu_command(*rng, "-machine", "pc-q35-7.1"), "machine type: source pc-q35-7.2, destination pc-q35-7.1"),
-            (bench.qemu_command(*rng, "-cpu", "Nehalem"), "CPU model: source qemu64, destination Nehalem"),
-            (bench.qemu_command(*rng, "-device", "virtio-rng-pci,addr=0x6"), "device only on the destination: virtio-rng-pci at 0000:00:06.0"),
-            (bench.qemu_command(), "device only on the source: virtio-rng-pci at 0000:00:05.0"),
-            (bench.qemu_command(*rng, "-smp", "2"), "vCPUs: source 1, destination 2"),
-        ):  # fmt: skip
-            dst = await bench.destination(qemu=command)
+        for text, arguments in DIFFERENCES.items():
+            ram_kib = 32 << 10 if text.startswith("RAM") else RAM_KIB
+            dst = await bench.destination(qemu=bench.qemu_command(*arguments, ram_kib=ram_kib))
             src = await bench.start_source(source, dst.port)
             for side in (src, dst):
                 error = await fail(side, 14, "machine-mismatch")
@@ -150,42 +162,112 @@ async def test_qemu_in_a_wrong_state(short_tmp: Path) -> None:
         waiting = await bench.machine(bench.qemu_command("-incoming", "defer"))
         src = await bench.start_source(waiting, dst.port)
         error = await fail(src, 20, "guest")
-        assert error == f"the source QEMU ({waiting.qmp}) cannot migrate: its run state is 'inmigrate'"
+        assert (
+            error
+            == f"the source QEMU ({waiting.qmp}) cannot migrate: its run state is 'inmigrate'"
+        )
 
 
 def hello(**values: object) -> bytes:
     """A HELLO as a source would send it."""
-    facts: dict[str, object] = {"migration_id": bytes(16), "token": b"", "digest_seed": 1, "cache_slots": 0, "facts": None}
+    facts: dict[str, object] = {
+        "migration_id": bytes(16),
+        "token": b"",
+        "digest_seed": 1,
+        "cache_slots": 0,
+        "facts": None,
+    }
     message = messages.Hello(**(facts | values))  # type: ignore[arg-type]
     return b"".join(LinkConnection(Role.SOURCE).send(message))
+
+
+NO_MAGIC = "broke the link protocol: frame 0, byte 0 of the connection: expected magic"
+WHY_TURNED_AWAY = (
+    NO_MAGIC,
+    f"{NO_MAGIC} d7 50 43 4c, got 47 45 54 20",
+    "closed the connection before it introduced itself",
+    "closed the connection before it introduced itself",
+    "is of another version: frame 0 (HELLO): expected protocol version 1 to 1, got 7 to 7",
+)
 
 
 async def test_strangers_change_nothing(short_tmp: Path) -> None:
     async with Bench.open(short_tmp) as bench:
         source = await bench.source(noise_mib=4)
         dst = await bench.destination(qemu=bench.qemu_command())
-        half = await trio.open_tcp_stream("127.0.0.1", dst.port)
-        await half.send_all(hello()[:40])
-        for said in (
-            os.urandom(5000),
-            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-            b"",
-            hello(version=7, oldest=7),
-        ):
-            stream = await trio.open_tcp_stream("127.0.0.1", dst.port)
-            await stream.send_all(said)
+        silent = await trio.open_tcp_stream("127.0.0.1", dst.port)
+        async with silent:
+            await silent.send_all(hello()[:40])
+            assert await bench.say(dst.port, os.urandom(5000)) == b""
+            assert (
+                await bench.say(dst.port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") == b""
+            )
+            assert await bench.say(dst.port, b"") == b""
+            assert await bench.say(dst.port, hello()[:40]) == b""
+            assert b"install the same one on both sides" in await bench.say(
+                dst.port, hello(version=7, oldest=7)
+            )
+            src = await bench.start_source(source, dst.port)
+            assert await src.wait() == 0, src.text
+            assert await dst.wait() == 0, dst.text
+        who = "turned away a connection from 127.0.0.1: migrate-src at 127.0.0.1"
+        for line, why in zip(dst.lines[1:6], WHY_TURNED_AWAY, strict=True):
+            assert line.startswith(f"{who} {why}")
+
+
+async def serve_destination(listener: trio.SocketListener, answer: bytes) -> None:
+    """Something that listens where migrate-dst should."""
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some(100)
+            await stream.send_all(answer)
             await stream.send_eof()
-            answer = b""
-            async for data in stream:
-                answer += data
-            print(answer)
-            await stream.aclose()
-        src = await bench.start_source(source, dst.port)
-        assert await src.wait() == 0, src.text
-        assert await dst.wait() == 0, dst.text
-        print(dst.text)
-        await half.aclose()
-        assert 0
+            async for _ in stream:
+                pass
+
+    await trio.serve_listeners(serve, [listener])
+
+
+def refusal() -> bytes:
+    """A REFUSED as a destination of another version says it."""
+    connection = LinkConnection(Role.DESTINATION)
+    said = hello()
+    connection.get_buffer()[: len(said)] = said
+    connection.buffer_updated(len(said))
+    connection.next_event()
+    message = messages.Refused("protocol", "install the same one on both sides")
+    return b"".join(connection.send(message))
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code", "text"),
+    [
+        (
+            b"SSH-2.0-OpenSSH_9.2\r\n" * 9,
+            13,
+            "peer-protocol",
+            "broke the link protocol: frame 0",
+        ),
+        (b"", 11, "peer-lost", "closed the connection"),
+        (refusal(), 12, "peer-refused", "install the same one on both sides"),
+    ],
+    ids=["ssh", "nothing", "another version"],
+)
+async def test_something_else_listens_for_the_source(
+    short_tmp: Path, answer: bytes, status: int, code: str, text: str
+) -> None:
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source()
+        settings = await source.settings()
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_destination, listener, answer)
+            src = await bench.start_source(source, listener.socket.getsockname()[1])
+            assert text in await fail(src, status, code)
+            nursery.cancel_scope.cancel()
+        await check_untouched(source, settings)
+        assert await bench.left_behind(src) == []
 
 
 async def test_second_source_is_refused_and_the_first_completes(short_tmp: Path) -> None:
@@ -205,7 +287,9 @@ async def test_second_source_is_refused_and_the_first_completes(short_tmp: Path)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("side", ["source", "destination"])
-async def test_signal_before_the_handover(short_tmp: Path, side: str, number: signal.Signals) -> None:
+async def test_signal_before_the_handover(
+    short_tmp: Path, side: str, number: signal.Signals
+) -> None:
     async with Bench.open(short_tmp) as bench:
         source = await bench.source(**BUSY)
         settings = await source.settings()
@@ -248,3 +332,51 @@ async def test_hang_up_is_ignored(short_tmp: Path) -> None:
         await queries.stop(source.monitor)
         assert await src.wait() == 0, src.text
         assert await dst.wait() == 0, dst.text
+
+
+async def test_port_and_directory_that_cannot_be_used(short_tmp: Path) -> None:
+    plain = short_tmp / "plain"
+    plain.write_text("no directory")
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source()
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            dst = await bench.start_destination("--listen", address, qemu=bench.qemu_command())
+            error = await fail(dst, 10, "cannot-connect")
+            assert error == (
+                f"cannot listen on {address} for migrate-src: Address already in use"
+            )
+            gateway = await bench.start_source(f"tcp:{address}", 1)
+            assert (await fail(gateway, 10, "cannot-connect")).endswith(
+                "Address already in use"
+            )
+        dst = await bench.start_destination(
+            "--state-dir", str(plain / "state"), qemu=bench.qemu_command()
+        )
+        src = await bench.start_source(source, 1, "--state-dir", str(plain / "state"))
+        for command in (dst, src):
+            error = await fail(command, 1, "failed")
+            assert error == f"cannot record handovers in {plain}/state: Not a directory"
+        dst = await bench.start_destination("--run-dir", str(plain), qemu=bench.qemu_command())
+        error = await fail(dst, 1, "failed")
+        assert error == f"cannot make a directory for sockets in {plain}: File exists"
+        assert await source.runs()
+
+
+async def test_second_interrupt_forces(short_tmp: Path) -> None:
+    """A source QEMU that hangs cannot be brought in order; the user need not wait for it."""
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source(**BUSY)
+        dst = await bench.destination(qemu=bench.qemu_command())
+        src = await bench.start_source(source, dst.port, *SLOW)
+        await source.wait_round(2)
+        source.process.send_signal(signal.SIGSTOP)
+        src.process.send_signal(signal.SIGINT)
+        await src.wait_line("SIGINT: calling the migration off; again to force")
+        src.process.send_signal(signal.SIGINT)
+        assert await src.wait() == -signal.SIGINT
+        source.process.send_signal(signal.SIGCONT)
+        assert await dst.wait() in {11, 12}, dst.text
+        assert await source.runs()

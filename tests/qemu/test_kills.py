@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from migrate.qemu import queries
+from migrate.qemu.queries import Capability, Parameter
 from tests.qemu.commands import Bench, Command, Destination, Machine, runs, ticks
 
 pytestmark = pytest.mark.qemu
@@ -53,12 +54,14 @@ class Migration:
 
     async def fails(self, command: Command, status: int, text: str, guest_on: str) -> None:
         """A command ends with this status, text and place of the guest."""
-        assert await command.wait() == status, command.text
+        assert await command.wait() == status, "\n".join(c.text for c in (self.src, self.dst))
         assert text in command.error
         assert command.guest_on == guest_on
         assert command.lines[-1].startswith(
             {
-                "source": "the guest runs on the source" if command is self.src else "the guest is on the source",
+                "source": "the guest runs on the source"
+                if command is self.src
+                else "the guest is on the source",
                 "neither": "the guest runs on NEITHER side",
                 "unknown": "it is UNKNOWN where the guest runs",
             }[guest_on]
@@ -66,12 +69,21 @@ class Migration:
         assert "Traceback" not in command.text
 
 
-async def migrating(bench: Bench, phase: str, *qemu: str) -> Migration:
-    """Bring a migration of a busy guest to a phase."""
+async def migrating(
+    bench: Bench, phase: str, *qemu: str, there: tuple[str, ...] | None = None
+) -> Migration:
+    """Bring a migration of a busy guest to a phase.
+
+    Args:
+        bench: Of the test.
+        phase: A key of ``PHASES``.
+        qemu: More arguments of both QEMUs.
+        there: What the destination QEMU gets instead of them.
+    """
     hot_pages = 1024 if phase == "pre-copy" else 16
     source = await bench.source(*qemu, noise_mib=NOISE_MIB, hot_pages=hot_pages)
     settings = await source.settings()
-    dst = await bench.destination(qemu=bench.qemu_command(*qemu))
+    dst = await bench.destination(qemu=bench.qemu_command(*(there or qemu)))
     known = set(bench.processes())
     src = await bench.start_source(source, dst.port, *PHASES[phase])
     if phase == "pre-copy":
@@ -80,7 +92,9 @@ async def migrating(bench: Bench, phase: str, *qemu: str) -> Migration:
         await source.wait_run_state("finish-migrate")
     else:
         await src.wait_line("holding before commit")
-    pids = [pid for pid in known if "defer" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+    pids = [
+        pid for pid in known if "defer" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    ]
     assert len(pids) == 1
     return Migration(bench, source, settings, src, dst, pids[0])
 
@@ -227,21 +241,43 @@ async def test_interrupt_at_the_source_while_both_sides_wait(short_tmp: Path) ->
         await run.check_source_has_it()
 
 
+def disk_arguments(path: Path) -> tuple[str, ...]:
+    path.write_bytes(bytes(1 << 20))
+    node = f"driver=file,node-name=d,filename={path}"
+    return ("-blockdev", node, "-device", "virtio-blk-pci,drive=d,addr=0x6")
+
+
 async def test_guest_that_cannot_run_at_the_destination_goes_on_at_the_source(
     short_tmp: Path,
 ) -> None:
-    disk = short_tmp / "disk"
-    disk.write_bytes(bytes(1 << 20))
-    drive = ("-blockdev", f"driver=file,node-name=d,filename={disk}",
-             "-device", "virtio-blk-pci,drive=d,addr=0x6")  # fmt: skip
+    here, there = short_tmp / "here", short_tmp / "there"
     async with Bench.open(short_tmp) as bench:
-        run = await migrating(bench, "hold", *drive)
-        with taken_disk(disk):
+        run = await migrating(bench, "hold", *disk_arguments(here), there=disk_arguments(there))
+        with taken_disk(there):
             run.src.process.send_signal(signal.SIGUSR1)
-            await run.fails(run.dst, 22, "'cont'", "neither")
+            await run.fails(run.dst, 22, "QEMU refused 'cont': Failed to lock byte", "neither")
         await run.fails(run.src, 12, "the guest could not run at the destination", "source")
         assert run.src.state_files == []
+        assert run.dst.state_files == ["ABORTED"]
         await run.check_source_has_it()
+
+
+async def test_guest_that_can_run_on_neither_side_waits_for_a_person(short_tmp: Path) -> None:
+    disk = short_tmp / "shared"
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "hold", *disk_arguments(disk))
+        with taken_disk(disk):
+            run.src.process.send_signal(signal.SIGUSR1)
+            await run.fails(run.dst, 22, "QEMU refused 'cont': Failed to lock byte", "neither")
+            await run.fails(
+                run.src, 12, "the guest could not run at the destination", "neither"
+            )
+        await run.src.wait_line(
+            "paused at the source and 'cont' failed there: Failed to lock byte"
+        )
+        assert await bench.left_behind(run.src, run.dst) == []
+        await queries.cont(run.source.monitor)
+        assert await run.source.runs()
 
 
 @phases
@@ -273,3 +309,113 @@ async def test_guest_that_powers_off_on_the_way(short_tmp: Path, how: str) -> No
         )
         await run.fails(run.dst, 12, "the source gave up: the guest powered off", "source")
         assert await bench.left_behind(run.src, run.dst) == []
+
+
+async def test_attached_destination_qemu_cannot_run_a_copy_that_was_given_up(
+    short_tmp: Path,
+) -> None:
+    """It holds the complete guest, paused: whoever finds it must not be able to 'cont' it."""
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source()
+        waiting = await bench.machine(bench.qemu_command("-incoming", "defer"))
+        dst = await bench.destination("--qmp", str(waiting.qmp))
+        src = await bench.start_source(source, dst.port, "--hold-before-commit")
+        await src.wait_line("holding before commit")
+        assert await waiting.run_state() == "paused"
+        src.process.send_signal(signal.SIGINT)
+        assert await src.wait() == 30, src.text
+        assert await dst.wait() == 12, dst.text
+        assert await waiting.process.wait() == 0
+        await dst.wait_line("held a complete copy and was made to quit")
+        assert await source.runs()
+        assert await bench.left_behind(src, dst) == []
+
+
+@pytest.mark.parametrize("return_path", [True, False])
+async def test_destination_command_is_killed_behind_a_gateway(
+    short_tmp: Path, return_path: bool
+) -> None:
+    """A source without a return path has completed by then: its guest waits for its owner."""
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source(noise_mib=NOISE_MIB)
+        await queries.set_capabilities(source.monitor, {Capability.RETURN_PATH: return_path})
+        await queries.set_parameters(source.monitor, {Parameter.DOWNTIME_LIMIT_MS: 60000})
+        dst = await bench.destination(qemu=bench.qemu_command())
+        src = await bench.start_source("tcp:127.0.0.1:0", dst.port, "--max-bandwidth", "16Mbit")
+        await source.migrate((await src.wait_line(r"listening on (\S+) for"))[1])
+        await source.wait_run_state("finish-migrate" if return_path else "postmigrate")
+        dst.kill()
+        assert await src.wait() == 11, src.text
+        assert src.guest_on == ("source" if return_path else "neither")
+        assert await bench.left_behind(src, dst) == []
+        if not return_path:
+            await src.wait_line("its guest is paused there and runs nowhere, 'cont' in its")
+            assert await source.run_state() == "postmigrate"
+            await queries.cont(source.monitor)
+        await source.wait_run_state("running")
+        assert await source.runs()
+
+
+async def test_waiting_destination_qemu_is_killed_while_both_sides_wait(
+    short_tmp: Path,
+) -> None:
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source()
+        settings = await source.settings()
+        waiting = await bench.machine(bench.qemu_command("-incoming", f"unix:{short_tmp}/in"))
+        dst = await bench.destination("--incoming", f"unix:{short_tmp}/in")
+        src = await bench.start_source(source, dst.port, "--hold-before-commit")
+        await src.wait_line("holding before commit")
+        waiting.process.kill()
+        assert await dst.wait() == 25, dst.text
+        assert "closed its stream" in dst.error
+        assert await src.wait() == 12, src.text
+        assert src.guest_on == dst.guest_on == "source"
+        assert await source.runs()
+        assert await source.settings() == settings
+
+
+async def test_interrupted_destination_says_where_a_paused_guest_is(short_tmp: Path) -> None:
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source()
+        await queries.stop(source.monitor)
+        dst = await bench.destination(qemu=bench.qemu_command())
+        src = await bench.start_source(source, dst.port, "--hold-before-commit")
+        await src.wait_line("holding before commit")
+        dst.process.send_signal(signal.SIGINT)
+        assert await dst.wait() == 30, dst.text
+        assert await src.wait() == 12, src.text
+        assert src.lines[-1].startswith("the guest is on the source, not running: QEMU says '")
+        assert await source.stands_still()
+        await queries.cont(source.monitor)
+        assert await source.runs()
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+async def test_guest_that_its_user_stopped_stays_so_when_the_migration_fails(
+    short_tmp: Path, resumed: bool
+) -> None:
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "pre-copy")
+        bench.send_signal(run.destination_pid, signal.SIGSTOP)
+        await queries.stop(run.source.monitor)
+        if resumed:
+            await queries.cont(run.source.monitor)
+        run.src.process.send_signal(signal.SIGINT)
+        assert await run.src.wait() == 30, run.src.text
+        assert await run.dst.wait() == 12, run.dst.text
+        assert await run.source.stands_still() is not resumed
+
+
+async def test_interrupt_while_the_destination_command_hangs(short_tmp: Path) -> None:
+    """Nobody reads what is under way, nor the last word; the guest is what counts."""
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "pre-copy")
+        run.dst.process.send_signal(signal.SIGSTOP)
+        await trio.sleep(0.5)
+        run.src.process.send_signal(signal.SIGINT)
+        await run.fails(run.src, 30, "cancelled by SIGINT", "source")
+        assert await run.source.runs()
+        run.dst.process.send_signal(signal.SIGCONT)
+        assert await run.dst.wait() in {11, 12}, run.dst.text
+        await run.check_source_has_it()

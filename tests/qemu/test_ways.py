@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import trio
 
 from migrate.qemu import queries
 from migrate.qemu.queries import Capability
@@ -36,7 +35,9 @@ async def start_migration(bench: Bench, source: Machine, way: str, port: int) ->
         await queries.set_capabilities(source.monitor, {Capability.RETURN_PATH: True})
     gateway = "tcp:127.0.0.1:0" if way.startswith("tcp") else f"unix:{bench.folder}/gw"
     command = await bench.start_source(gateway, port)
-    await source.migrate((await command.wait_line("listening on (tcp|unix)(:\\S+) for")).expand(r"\1\2"))
+    await source.migrate(
+        (await command.wait_line("listening on (tcp|unix)(:\\S+) for")).expand(r"\1\2")
+    )
     return command
 
 
@@ -76,7 +77,7 @@ async def test_guest_arrives(short_tmp: Path, way_in: str, way_out: str, kind: s
         assert await ticks(monitor) >= counter
         assert await runs(monitor)
         assert await source.run_state() == "postmigrate"
-        assert not await source.runs()
+        assert await source.stands_still()
         if way_in == "qmp":
             assert await source.settings() == settings
 
@@ -99,7 +100,7 @@ async def test_relayed_commit_belongs_to_the_owner_of_both_monitors(short_tmp: P
             assert "handed over" in command.lines[-1]
         assert (await queries.query_migrate(source.monitor)).status == "completed"
         assert await machine.run_state() == "paused"
-        assert not await source.runs()
+        assert await source.stands_still()
         await queries.cont(machine.monitor)
         assert await machine.runs()
 
@@ -116,9 +117,25 @@ async def test_second_connection_to_the_gateway_is_refused(short_tmp: Path) -> N
         assert "switch the capability multifd off" in src.error
         assert src.guest_on == "source"
         assert await source.runs()
-        await source.wait_migration_ended()
-        await queries.set_capabilities(source.monitor, {Capability.MULTIFD: False})
-        src = await start_migration(bench, source, "tcp", dst.port)
+        other = await bench.source(noise_mib=16, hot_pages=32)
+        src = await start_migration(bench, other, "tcp", dst.port)
+        assert await src.wait() == 0, src.text
+        assert await dst.wait() == 0, dst.text
+
+
+async def test_strangers_at_the_gateway_change_nothing(short_tmp: Path) -> None:
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source(noise_mib=16, hot_pages=32)
+        dst = await bench.destination(qemu=bench.qemu_command())
+        src = await bench.start_source("tcp:127.0.0.1:0", dst.port, "--max-bandwidth", "80Mbit")
+        uri = (await src.wait_line(r"listening on (\S+) for"))[1]
+        port = int(uri.rpartition(":")[2])
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b""):
+            assert await bench.say(port, said) == b""
+        await source.migrate(uri)
+        await src.wait_line("precopy")
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b""):
+            assert await bench.say(port, said) == b""
         assert await src.wait() == 0, src.text
         assert await dst.wait() == 0, dst.text
 
@@ -143,7 +160,10 @@ async def test_paused_guest_stays_paused(short_tmp: Path) -> None:
         assert await src.wait() == 0, src.text
         assert await dst.wait() == 0, dst.text
         for command in (src, dst):
-            assert command.lines[-1] == "the guest is on the destination, not running: QEMU says 'paused'"
+            assert (
+                command.lines[-1]
+                == "the guest is on the destination, not running: QEMU says 'paused'"
+            )
             assert command.report["guest_state"] == "paused"
         monitor = await bench.monitor_of(dst)
         assert (await queries.query_run_state(monitor)).status == "paused"
@@ -152,12 +172,14 @@ async def test_paused_guest_stays_paused(short_tmp: Path) -> None:
         assert await runs(monitor)
 
 
-async def test_guest_that_is_stopped_by_its_user_on_the_way_arrives_paused(short_tmp: Path) -> None:
+async def test_guest_that_is_stopped_by_its_user_on_the_way_arrives_paused(
+    short_tmp: Path,
+) -> None:
     async with Bench.open(short_tmp) as bench:
-        source = await bench.source(noise_mib=16, hot_pages=256)
+        source = await bench.source(noise_mib=16, hot_pages=1024)
         dst = await bench.destination(qemu=bench.qemu_command())
         src = await bench.start_source(
-            source, dst.port, "--max-bandwidth", "100Mbit", "--downtime-limit", "111ms"
+            source, dst.port, "--max-bandwidth", "80Mbit", "--downtime-limit", "111ms"
         )
         await source.wait_round(2)
         await queries.stop(source.monitor)

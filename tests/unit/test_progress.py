@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TextIO
 
 import pytest
@@ -97,6 +98,38 @@ def test_the_plain_line_says_the_same() -> None:
         "downtime if stopped now 840 ms (limit 300 ms)  dirtied 18 000 pages/s"
     )
     assert plain_line(ProgressState(phase="waiting", elapsed_ms=20)) == "20 ms  waiting"
+
+
+def test_a_stopped_guest_has_no_downtime_to_expect() -> None:
+    state = replace(STATE, phase="stop-and-copy")
+    assert render(state, 120)[-1] == "the guest is stopped"
+    assert plain_line(state).endswith("30.0 MiB remaining  the guest is stopped")
+    assert "stopped" not in plain_line(replace(STATE, phase="done"))
+
+
+def test_a_destination_shows_what_arrived() -> None:
+    state = ProgressState(phase="precopy", round_no=1, wire_bytes=5 << 20, receiving=True)
+    assert render(state, 80) == [
+        "precopy  round 1  0.0 ms",
+        "zero 0  same 0  ref 0  delta 0  literal 0",
+        "received 5.00 MiB",
+    ]
+    assert plain_line(state) == "0.0 ms  precopy  round 1  5.00 MiB received"
+
+
+def test_a_rate_that_was_not_measured_yet_is_not_shown() -> None:
+    assert "dirtied" not in plain_line(replace(STATE, dirty_pages_per_s=0))
+
+
+def test_the_bar_remembers_where_the_round_began() -> None:
+    stream = Terminal()
+    display = ProgressDisplay(stream, columns=lambda: 81)
+    filled = []
+    for n, (round_no, remaining) in enumerate([(0, 100), (0, 75), (0, 0), (1, 40), (1, 20)]):
+        state = replace(STATE, round_no=round_no, remaining_bytes=remaining, round_bytes=None)
+        display.update(state, n * REDRAW_NS)
+        filled.append(stream.screen()[1].count("█"))
+    assert filled == [0, 10, 40, 0, 20]
 
 
 def test_a_terminal_is_redrawn_in_place_with_logs_above() -> None:

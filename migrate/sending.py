@@ -1,0 +1,260 @@
+"""Source: the last stage, from the backlog to the link.
+
+Sends messages in order, as far as the credit goes: what the destination guest has not consumed is
+bandwidth that does not exist. Also keeps the account of every byte and measures the link.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import trio
+
+from migrate.backlog import Backlog
+from migrate.control.codec_choice import CodecSetting
+from migrate.control.goodput import Goodput, GoodputEstimate
+from migrate.control.token_bucket import TokenBucket
+from migrate.control.window import CreditPolicy
+from migrate.report.ledger import Ledger
+from migrate.transport.link import Link
+from proto.link import messages
+from proto.link.messages import Message
+from proto.link.pages import PageBatch, bytes_by_class
+
+RUNNING_BACKLOG_BYTES = 3 * 2**20
+"""Raw bytes that may wait for the link while the guest runs: what the encoders hold."""
+
+STOPPED_BACKLOG_BYTES = 64 * 2**20
+"""The same once the guest is stopped; the link drains it, the source QEMU never waits for us."""
+
+HANDOVER_RESERVE_MS = 110
+"""Taken off the downtime limit before QEMU hears it: what verify, load and commit need here."""
+
+NOTE_NS = 20_000_000
+"""How often the round's goodput is noted and the kernel's send queue fitted to the link."""
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One numbered message on its way to the link, in its place in the order.
+
+    Attributes:
+        round_no: Round its pages belong to.
+        message: What to send; None until it is encoded.
+        ready: Set when ``message`` is.
+        pages: Pages by class, for the ledger.
+        raw_bytes: What it stands for in the destination guest.
+        codec: How its pages were encoded.
+    """
+
+    round_no: int
+    message: Message | None = None
+    ready: trio.Event = field(default_factory=trio.Event)
+    pages: dict[str, int] = field(default_factory=dict)
+    raw_bytes: int = 0
+    codec: CodecSetting | None = None
+
+
+@dataclass(slots=True)
+class RoundNotes:
+    """What a round's report says besides its counts.
+
+    Attributes:
+        goodput_bps: What the link carried near its end.
+        codec_batches: Batches by codec.
+    """
+
+    goodput_bps: float | None = None
+    codec_batches: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def codec(self) -> str | None:
+        """The codec most batches had."""
+        counts = self.codec_batches
+        return max(counts, key=lambda name: counts[name]) if counts else None
+
+
+class Sender:
+    """Sends what is put into ``backlog`` and follows the acknowledgements.
+
+    Attributes:
+        backlog: Messages in the order in which they leave.
+        goodput: What the destination guest consumes.
+        carried: What the link carries, whether or not the guest takes it in.
+        credit: How much may be under way.
+        round_notes: By round number.
+        device_state_ns: When the last page was sent and device state began, None before.
+        ended_ns: When END_OF_STATE was sent, None before.
+    """
+
+    def __init__(self, link: Link, ledger: Ledger, max_bandwidth_bps: int | None) -> None:
+        self._link = link
+        self._ledger = ledger
+        self.backlog: Backlog[Outgoing] = Backlog(RUNNING_BACKLOG_BYTES)
+        self.goodput = Goodput()
+        self.carried = Goodput()
+        self.credit = CreditPolicy(self.goodput)
+        self.round_notes: dict[int, RoundNotes] = {}
+        self.device_state_ns: int | None = None
+        self.ended_ns: int | None = None
+        self._acked = trio.Event()
+        self._sent_ns: dict[int, int] = {}
+        self._framed_wire_bytes = self._framed_raw_bytes = 0
+        self._consumed_wire_bytes = self._consumed_raw_bytes = 0
+        self._received_wire_bytes = 0
+        self._starved = True
+        self._link_idle = True
+        self._noted_ns = self._fitted_ns = self._consumed_ns = 0
+        self._consumed: GoodputEstimate | None = None
+        self._max_bandwidth_bps = max_bandwidth_bps
+        self._bucket = (
+            TokenBucket(max_bandwidth_bps, max(64 * 1024, max_bandwidth_bps // 50))
+            if max_bandwidth_bps
+            else None
+        )
+
+    async def run(self) -> None:
+        """Send until END_OF_STATE is out."""
+        self._ledger.start_round(0, time.monotonic_ns())
+        rounds = 1
+        while True:
+            if self.backlog.is_empty:
+                self._starved = True
+            item = await self.backlog.get()
+            if not item.ready.is_set():
+                self._starved = True
+            await item.ready.wait()
+            assert item.message is not None
+            if isinstance(item.message, messages.RoundEnd):
+                self._ledger.start_round(rounds, time.monotonic_ns())
+                rounds += 1
+            if isinstance(item.message, messages.DeviceStateData) and not self.device_state_ns:
+                self.device_state_ns = time.monotonic_ns()
+            await self._wait_credit()
+            await self._send_one(item)
+            if isinstance(item.message, messages.EndOfState):
+                self.ended_ns = time.monotonic_ns()
+                return
+
+    async def _wait_credit(self) -> None:
+        window = self._link.connection.window
+        credit = self.credit
+        while (
+            window.outstanding_wire_bytes >= credit.window_wire_bytes
+            or window.outstanding_raw_bytes >= credit.window_raw_bytes
+        ):
+            await self._acked.wait()
+
+    async def _send_one(self, item: Outgoing) -> None:
+        message = item.message
+        assert message is not None
+        if self._bucket is not None and isinstance(message, PageBatch):
+            delay_ns = self._bucket.delay_ns(len(message.encoded) + 100, time.monotonic_ns())
+            if delay_ns > 0:
+                await trio.sleep(delay_ns / 1e9)
+        await self._link.send(message, lambda wire_bytes: self._framed(item, wire_bytes))
+
+    def _framed(self, item: Outgoing, wire_bytes: int) -> None:
+        """Account for a numbered frame at the moment it begins to be written."""
+        now_ns = time.monotonic_ns()
+        window = self._link.connection.window
+        self._sent_ns[window.sent_seq] = now_ns
+        self._framed_wire_bytes += wire_bytes
+        self._framed_raw_bytes = self._consumed_raw_bytes + window.outstanding_raw_bytes
+        self.goodput.sent(wire_bytes, now_ns)
+        self.carried.sent(wire_bytes, now_ns)
+        if isinstance(item.message, PageBatch):
+            round_no = min(item.round_no, len(self._ledger.rounds) - 1)
+            self._ledger.add_pages(round_no, item.pages, bytes_by_class(item.message))
+            self._note_round(round_no, item)
+        self.settle_ledger()
+
+    def settle_ledger(self) -> None:
+        """Bring everything that is not pages into the ledger; afterwards it closes to the byte."""
+        sent = self._link.connection.sent_bytes
+        for kind in ("opaque", "device_state", "control"):
+            self._ledger.add_bytes(kind, sent[kind] - getattr(self._ledger.bytes, kind))
+
+    def _note_round(self, round_no: int, item: Outgoing) -> None:
+        notes = self.round_notes.setdefault(round_no, RoundNotes())
+        if item.codec is not None:
+            name = str(item.codec)
+            notes.codec_batches[name] = notes.codec_batches.get(name, 0) + 1
+        now_ns = time.monotonic_ns()
+        if now_ns - self._noted_ns > NOTE_NS:
+            self._noted_ns = now_ns
+            if estimate := self.consumed_estimate():
+                notes.goodput_bps = estimate.wire_bps
+
+    @property
+    def codec_text(self) -> str | None:
+        """The codec most batches of this round had."""
+        notes = self.round_notes.get(len(self._ledger.rounds) - 1)
+        return notes.codec if notes else None
+
+    def carried_estimate(self) -> GoodputEstimate | None:
+        """The link's own rate, for the choice of a codec; ``--max-bandwidth`` is a link, too."""
+        return self._capped(self.carried.estimate(time.monotonic_ns()))
+
+    def consumed_estimate(self) -> GoodputEstimate | None:
+        """What the destination guest takes in; looked up at most every ``NOTE_NS``."""
+        now_ns = time.monotonic_ns()
+        if now_ns - self._consumed_ns > NOTE_NS:
+            self._consumed_ns = now_ns
+            self._consumed = self._capped(self.goodput.estimate(now_ns))
+        return self._consumed
+
+    def _capped(self, estimate: GoodputEstimate | None) -> GoodputEstimate | None:
+        """Time in which the token bucket held us back is not busy time, so cap the rates by it."""
+        limit = self._max_bandwidth_bps
+        if estimate is None or limit is None or estimate.wire_bps < 0.8 * limit:
+            return estimate
+        raw_bps = estimate.raw_bps * min(1.0, limit / estimate.wire_bps)
+        return GoodputEstimate(min(estimate.wire_bps, limit), raw_bps, saturated=True)
+
+    def expected_downtime_ms(self, remaining_bytes: int | None) -> float | None:
+        """What the downtime would be if the guest were stopped now; None while unknown."""
+        estimate = self.consumed_estimate()
+        if remaining_bytes is None or estimate is None or estimate.raw_bps <= 0:
+            return None
+        waiting = (
+            self.backlog.bytes_waiting + self._link.connection.window.outstanding_raw_bytes
+        )
+        return (remaining_bytes + waiting) / estimate.raw_bps * 1000 + HANDOVER_RESERVE_MS
+
+    def take_ack(self) -> None:
+        """Use an acknowledgement that the connection has just applied to its window."""
+        now_ns = time.monotonic_ns()
+        window = self._link.connection.window
+        newest = 0
+        while self._sent_ns and next(iter(self._sent_ns)) <= window.consumed_seq:
+            newest = self._sent_ns.pop(next(iter(self._sent_ns)))
+        if newest:
+            self.credit.rtt_sample(now_ns - newest, now_ns)
+        consumed_wire = self._framed_wire_bytes - window.outstanding_wire_bytes
+        consumed_raw = self._framed_raw_bytes - window.outstanding_raw_bytes
+        wire_bytes = consumed_wire - self._consumed_wire_bytes
+        raw_bytes = consumed_raw - self._consumed_raw_bytes
+        self._consumed_wire_bytes, self._consumed_raw_bytes = consumed_wire, consumed_raw
+        self._take_received(window.retained_bytes, raw_bytes, now_ns)
+        if not wire_bytes:
+            return
+        starved, self._starved = self._starved, False
+        self.goodput.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
+        self.credit.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
+        self._acked.set()
+        self._acked = trio.Event()
+
+    def _take_received(self, retained_bytes: int, raw_bytes: int, now_ns: int) -> None:
+        """Learn the link's own rate from what arrived, whether or not the guest took it in.
+
+        What the destination QEMU cannot swallow is no reason for a stronger codec.
+        """
+        received = self._framed_wire_bytes - retained_bytes
+        wire_bytes, self._received_wire_bytes = received - self._received_wire_bytes, received
+        if wire_bytes:
+            idle, self._link_idle = self._link_idle, retained_bytes == 0
+            self.carried.acked(wire_bytes, raw_bytes, now_ns, source_limited=idle)
+            if now_ns - self._fitted_ns > NOTE_NS:
+                self._fitted_ns = now_ns
+                if estimate := self.carried.estimate(now_ns):
+                    self._link.allow_unsent(estimate.wire_bps)
