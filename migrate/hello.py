@@ -26,6 +26,8 @@ from proto.packing import clip_text
 ANSWER_S = 60.0
 """From HELLO to WELCOME: the destination asks its QEMU about the machine."""
 
+FAREWELL_S = 3.0
+
 REFUSALS = {MachineMismatchError.code: MachineMismatchError}
 
 
@@ -123,7 +125,8 @@ async def answer_hello(
                 + ". The guest stays where it is"
             )
     except MigrationError as error:
-        await link.try_send(messages.Refused(error.code, clip_text(str(error))))
+        with trio.move_on_after(FAREWELL_S, shield=True):
+            await link.try_send(messages.Refused(error.code, clip_text(str(error))))
         raise
     kind = commit_kind(
         relay=hello.commit == "relay",

@@ -1,4 +1,4 @@
-"""How this process gets and keeps memory: batches are allocated and freed a thousand times a second.
+"""How this process keeps memory: batches are allocated and freed a thousand times a second.
 
 glibc gives freed megabytes back to the kernel at once, and fetches them again, page fault by page
 fault, for the next batch. Kept in the process they cost nothing.

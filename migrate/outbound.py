@@ -47,8 +47,8 @@ OPAQUE_PIECE_BYTES = 1 << 20
 BURST_NS = 10_000_000
 MIN_BURST_BYTES = 1 << 20
 MAX_BURST_BYTES = 4 << 20
-"""How much is read from the guest at a time: 10 ms of the present rate, within these bounds. A large
-burst saves thread hops on a fast link, and on a slow one it would be downtime."""
+"""How much is read from the guest at a time: 10 ms of the present rate, within these bounds. A
+large burst saves thread hops on a fast link, and on a slow one it would be downtime."""
 
 CODEC_IDS = {"none": CodecId.RAW, "lz4": CodecId.LZ4, "zstd": CodecId.ZSTD}
 

@@ -23,6 +23,7 @@ import trio
 
 from migrate.errors import GuestError, MigrationError
 from migrate.lab import guest_image
+from migrate.lab.commands import Command, running_command
 from migrate.lab.console import ConsoleLog, DiskReport, follow_console, join_heartbeats
 from migrate.lab.guest_vm import (
     Guest,
@@ -34,7 +35,6 @@ from migrate.lab.guest_vm import (
     running_guest,
 )
 from migrate.lab.qemu_binaries import find_installed
-from migrate.lab.soak import Command, running_command
 from migrate.qemu import queries
 from migrate.qemu.qmp_client import open_qmp
 from migrate.session import most_telling

@@ -7,20 +7,21 @@ proof owes nothing to the engine's own digests.
 
 import json
 import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import trio
 
+from migrate.lab.commands import running_command
 from migrate.lab.guest_vm import Guest, GuestConfig, running_guest
 from migrate.lab.qemu_binaries import QemuBinary
 from migrate.qemu import queries
 from migrate.qemu.qmp_client import open_qmp
+from proto.guest_events import PAGE_SIZE
 
 HOLD_TEXT = "holding before commit"
 MIGRATION_S = 180.0
@@ -43,71 +44,34 @@ class Hop:
 
     source_version: str
     destination_version: str
-    report: dict[str, object]
+    report: dict[str, Any]
     different_pages: int | None
     dumped_bytes: int
     heartbeats: int
     bad_pages: int
     disk_bad: int
 
+    @property
+    def is_good(self) -> bool:
+        """The guest arrived, and nothing of it was lost or damaged."""
+        report = self.report
+        arrived = report["status"] == "completed" and report["integrity"]["equal"] is True
+        return arrived and not (self.different_pages or self.bad_pages or self.disk_bad)
 
-class Command:
-    """One of the two commands as a process, its stderr followed line by line."""
-
-    def __init__(self, process: trio.Process) -> None:
-        self.process = process
-        self.lines: list[str] = []
-        self._changed = trio.Event()
-
-    async def follow(self) -> None:
-        """Read stderr to its end; run as a task."""
-        rest = b""
-        assert self.process.stderr is not None
-        async for data in self.process.stderr:
-            *lines, rest = (rest + data).split(b"\n")
-            self.lines += [line.decode("utf-8", "replace") for line in lines]
-            self._wake()
-        if rest:
-            self.lines.append(rest.decode("utf-8", "replace"))
-        self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def wait_line(self, text: str) -> str:
-        """Return the first line that contains ``text``.
-
-        Raises:
-            RuntimeError: The command ended without it.
-        """
-        while True:
-            for line in self.lines:
-                if text in line:
-                    return line
-            if self.process.poll() is not None:
-                raise RuntimeError("\n".join(["the command ended:", *self.lines]))
-            with trio.move_on_after(0.2):
-                await self._changed.wait()
-
-
-@asynccontextmanager
-async def running_command(name: str, *arguments: str) -> AsyncIterator[Command]:
-    """Start ``migrate-src`` or ``migrate-dst`` of this interpreter; kill it at the end."""
-    program = Path(sys.executable).parent / name
-    process = await trio.lowlevel.open_process(
-        [str(program), *arguments], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    command = Command(process)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(command.follow)
-            yield command
-            nursery.cancel_scope.cancel()
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
+    def __str__(self) -> str:
+        report = self.report
+        downtime = report["downtime_ms"]
+        dumps = "not dumped"
+        if self.different_pages is not None:
+            pages = self.dumped_bytes // PAGE_SIZE
+            dumps = f"dumps: {self.different_pages} of {pages} pages differ"
+        return (
+            f"{self.source_version}->{self.destination_version} {report['status']} "
+            f"equal={report['integrity']['equal']} total={report['total_ms']:.0f}ms "
+            f"downtime={downtime}ms rounds={len(report['rounds'])} "
+            f"wire={report['wire_bytes'] / 1e6:.1f}MB of {report['page_bytes'] / 1e6:.1f}MB "
+            f"{dumps}, self-check bad={self.bad_pages}, disk bad={self.disk_bad}"
+        )
 
 
 async def migrate_once(
@@ -117,7 +81,7 @@ async def migrate_once(
     *,
     dump: bool,
     options: Sequence[str] = (),
-) -> tuple[dict[str, object], int | None, int]:
+) -> tuple[dict[str, Any], int | None, int]:
     """Migrate with the two commands; returns report, differing pages and dump size.
 
     Args:
@@ -165,7 +129,7 @@ async def compare_memory(source: Guest, destination: Guest, workdir: Path) -> tu
         for guest, path in zip((source, destination), paths, strict=True):
             async with open_qmp(guest.paths.qmp[1]) as client:
                 await queries.pmemsave(client, address=0, size_bytes=size_bytes, path=path)
-        images = [np.memmap(path, np.uint8, "r").reshape(-1, 4096) for path in paths]
+        images = [np.memmap(path, np.uint8, "r").reshape(-1, PAGE_SIZE) for path in paths]
         different = int((images[0] != images[1]).any(axis=1).sum())
         return different, paths[0].stat().st_size
     finally:
@@ -207,8 +171,8 @@ async def soak(
 ) -> None:
     """Boot a guest and hand it on ``count`` times; ``on_hop`` hears of each migration.
 
-    The guest runs on ``binaries`` in turn. After each arrival its heartbeat, self-check and disk are
-    looked at there before it leaves again.
+    The guest runs on ``binaries`` in turn. After each arrival its heartbeat, self-check and disk
+    are looked at there before it leaves again.
     """
     async with trio.open_nursery() as nursery:
         here: _Stay = await nursery.start(_stay, config, binaries[0], workdir / "0", None)

@@ -15,8 +15,8 @@ NO_SLOT = 0xFFFFFFFF
 """Slot number of a literal page that is not kept."""
 
 _BUCKETS_PER_SLOT = 4
-"""The source's index is direct-mapped: with 4 buckets a slot about one page in nine shadows another,
-which costs one missed reference and never correctness."""
+"""The source's index is direct-mapped: with 4 buckets a slot about one page in nine shadows
+another, which costs one missed reference and never correctness."""
 
 
 class SlotIndex:
@@ -38,7 +38,7 @@ class SlotIndex:
         return (self._digests[slots] == digests).all(axis=1), slots
 
     def insert(self, digests: Digests) -> NDArray[np.uint32]:
-        """Give each digest a slot, shape (n,); more than ``slot_count`` leaves NO_SLOT for the rest."""
+        """Give each digest a slot, shape (n,); NO_SLOT for those beyond ``slot_count``."""
         count = min(len(digests), self.slot_count)
         slots = np.full(len(digests), NO_SLOT, np.uint32)
         if count:

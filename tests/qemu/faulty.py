@@ -1,17 +1,18 @@
-"""Runs one of the two commands with a fault planted in it: ``faulty.py FAULT COMMAND ARGUMENT …``."""
+"""Runs one of the two commands with a fault: ``faulty.py FAULT COMMAND ARGUMENT …``."""
 
 import sys
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-import migrate.inbound
 import migrate.pages.apply
-import migrate.pages.page_cache
 from migrate.cli import dst, src
+from migrate.inbound import Inbound
+from migrate.pages.page_cache import SlotStore
 from migrate.transport.link import Link
-from proto.link.messages import DeviceStateData, Message, OpaqueData
+from proto.guest_events import GuestEvent
+from proto.link.messages import DeviceStateData, Message
 from proto.link.pages import PageBatch
 
 
@@ -33,10 +34,10 @@ def flip_after_decoding() -> None:
 
 def read_wrong_slot() -> None:
     """References read the page cache one slot too far."""
-    store = migrate.pages.page_cache.SlotStore
+    store = SlotStore
     read_into = store.read_into
 
-    def wrong(self: Any, slots: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
+    def wrong(self: SlotStore, slots: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
         read_into(self, (slots + 1) % self.slot_count, out)
 
     store.read_into = wrong  # type: ignore[method-assign]
@@ -47,7 +48,9 @@ def lose_frame() -> None:
     send = Link.send
     lost = False
 
-    async def losing(self: Link, message: Message, framed: Any = None) -> int:
+    async def losing(
+        self: Link, message: Message, framed: Callable[[int], None] | None = None
+    ) -> int:
         nonlocal lost
         if isinstance(message, PageBatch) and not lost and len(message.literal_pages) < 8:
             lost = True
@@ -62,30 +65,29 @@ def lose_frame() -> None:
 
 def drop_batch() -> None:
     """The destination forgets a batch that arrived in order."""
-    decode = migrate.inbound.Inbound._decode_pages
+    decode = Inbound._decode_pages
     batches = 0
 
-    def forgetful(self: Any, batch: PageBatch) -> Any:
+    def forgetful(self: Inbound, batch: PageBatch) -> list[GuestEvent]:
         nonlocal batches
         batches += 1
         return [] if batches == 2 else decode(self, batch)
 
-    migrate.inbound.Inbound._decode_pages = forgetful  # type: ignore[method-assign]
+    Inbound._decode_pages = forgetful  # type: ignore[method-assign]
 
 
 def flip_device_state() -> None:
     """One bit of the device state changes on its way."""
-    decode = migrate.inbound.Inbound._decode
+    decode = Inbound._decode
 
-    def flipped(self: Any, message: Message) -> Any:
+    def flipped(self: Inbound, message: Message) -> list[GuestEvent]:
         if isinstance(message, DeviceStateData) and message.codec_id == 1:
             damaged = bytearray(message.encoded)
             damaged[len(damaged) // 2] ^= 1
             message = DeviceStateData(bytes(damaged), message.raw_len, message.codec_id)
-        assert not isinstance(message, OpaqueData) or message.encoded is not None
         return decode(self, message)
 
-    migrate.inbound.Inbound._decode = flipped  # type: ignore[method-assign]
+    Inbound._decode = flipped  # type: ignore[method-assign]
 
 
 FAULTS = {

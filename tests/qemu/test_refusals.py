@@ -18,7 +18,12 @@ FAULTY = Path(__file__).with_name("faulty.py")
         ("flip_after_decoding", "migrate-dst", [], r"page \d+ of block pc.ram"),
         ("read_wrong_slot", "migrate-dst", [], r"page \d+ of block \S+"),
         ("drop_batch", "migrate-dst", [], r"page \d+ of block pc.ram"),
-        ("flip_device_state", "migrate-dst", ["--compress", "none"], "the device state differs"),
+        (
+            "flip_device_state",
+            "migrate-dst",
+            ["--compress", "none"],
+            "the device state differs",
+        ),
         ("lose_frame", "migrate-src", [], "sequence number"),
     ],
 )

@@ -1,0 +1,28 @@
+"""A busy guest goes from QEMU to QEMU and back; both QEMUs' own dumps of its RAM are equal."""
+
+from pathlib import Path
+
+import pytest
+
+from migrate.lab.guest_vm import GuestConfig, Workload, make_disk
+from migrate.lab.qemu_binaries import QemuBinary
+from migrate.lab.soak import Hop, soak
+
+pytestmark = pytest.mark.qemu
+
+
+@pytest.mark.usefixtures("guest_image")
+async def test_busy_guest_goes_there_and_back_undamaged(
+    short_tmp: Path, qemu72: QemuBinary, qemu10: QemuBinary
+) -> None:
+    workload = Workload(
+        static_mib=24, wws_mib=8, rate_pages_per_s=2000, check_pages_per_s=20000
+    )
+    disk = make_disk(short_tmp / "disk.img", 16)
+    config = GuestConfig(ram_kib=131080, disk=disk, workload=workload)
+    hops: list[Hop] = []
+    await soak(config, [qemu72, qemu10], short_tmp, count=3, on_hop=hops.append)
+    assert [str(hop) for hop in hops if not hop.is_good] == []
+    assert [hop.destination_version for hop in hops] == ["10.0", "7.2", "10.0"]
+    assert all(hop.different_pages == 0 and hop.dumped_bytes == 131080 * 1024 for hop in hops)
+    assert all(hop.report["downtime_ms"] is not None for hop in hops)
