@@ -57,6 +57,8 @@ class DestinationRun:
     def __init__(self, params: DestinationParams, session: Session) -> None:
         self._params = params
         self._session = session
+        self._opening = trio.CancelScope()
+        self._opened = False
         self._scope = trio.CancelScope()
         self._cancelled_by: str | None = None
         self._link: Link | None = None
@@ -75,17 +77,20 @@ class DestinationRun:
     def cancel(self, why: str) -> None:
         """Call the migration off, from a signal."""
         self._cancelled_by = why
-        self._scope.cancel()
+        (self._scope if self._opened else self._opening).cancel()
 
     async def run(self) -> tuple[Report, MigrationError | None]:
         """Take a migration in; what can go wrong is returned with the report, not raised."""
         error: MigrationError | None = None
         try:
             check_state_dir(self._params.state_dir)
-            with private_dir(self._params.run_dir) as run_dir:
+            with self._opening, private_dir(self._params.run_dir) as run_dir:
                 async with self._open_guest(run_dir) as guest:
+                    self._opened = True
                     self._session.builder.report.destination = guest.form
                     await self._take_in_or_discard(guest)
+            if self._opening.cancelled_caught:
+                raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
             error = most_telling(raised)
             error.guest_on = self._guest_on(error)

@@ -81,6 +81,8 @@ class SourceRun:
         self._sender: Sender | None = None
         self._link: Link | None = None
         self._agreement: Agreement | None = None
+        self._opening = trio.CancelScope()
+        self._opened = False
         self._scope = trio.CancelScope()
         self._cancelled_by: str | None = None
         self._peer_left = trio.Event()
@@ -91,7 +93,7 @@ class SourceRun:
     def cancel(self, why: str) -> None:
         """Call the migration off, from a signal."""
         self._cancelled_by = why
-        self._scope.cancel()
+        (self._scope if self._opened else self._opening).cancel()
 
     async def run(self) -> tuple[Report, MigrationError | None]:
         """Migrate; never raises for what a migration can meet, but returns it with the report."""
@@ -99,10 +101,13 @@ class SourceRun:
         error: MigrationError | None = None
         try:
             run_parent = default_run_dir(os.environ, os.getuid())
-            with private_dir(run_parent) as run_dir, self._hold:
+            with self._opening, private_dir(run_parent) as run_dir, self._hold:
                 async with self._open_guest(run_dir) as guest:
+                    self._opened = True
                     session.builder.report.source = guest.form
                     await self._migrate_or_call_off(guest)
+            if self._opening.cancelled_caught:
+                raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
             error = most_telling(raised)
         report = source_report(session, self._link, self._outbound, self._handover, error)
@@ -279,8 +284,10 @@ class SourceRun:
         window = link.connection.window
 
         def progress() -> Hashable:
-            stopped = outbound.state.switchover_at_ns is not None
-            return (link.written_bytes, window.consumed_seq) if stopped else object()
+            if outbound.state.switchover_at_ns is None:
+                return object()
+            keep_alives = link.connection.sent_bytes["control"]
+            return link.written_bytes - keep_alives, window.consumed_seq
 
         # A frame is paid for before it is sent: at the lowest rates that alone takes a minute.
         paying_s = 2 * MAX_DATA_BYTES / (self._params.max_bandwidth_bps or math.inf)

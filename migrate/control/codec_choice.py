@@ -170,8 +170,7 @@ class CodecChoice:
             setting: The codec it had, one of the candidates.
             raw_bytes: Bytes that went in; batches of 0 bytes are ignored.
             encoded_bytes: Bytes that came out.
-            encode_ns: Wall time inside the encoder thread, so that a processor shared with the
-                QEMUs shows as a slower encoder; 0 = not measured.
+            encode_ns: Processor time of the encoder thread; 0 = not measured.
 
         Raises:
             KeyError: Not a candidate.

@@ -27,6 +27,9 @@ HEADER_BYTES = 64 * 1024
 
 logger = logging.getLogger(__name__)
 
+READ_OUT_BYTES = 1 << 20
+"""Read at a time to find the end of a stream that was given up."""
+
 STRANGER_S = 5.0
 """QEMU says what a connection is with the first bytes, at once."""
 
@@ -48,7 +51,7 @@ class GatewaySource:
         self._listener = listener
         self.uri = uri
         self._hop: IncomingHop | None = None
-        self._complete = False
+        self._end_seen = False
         self._let_go = False
         self.return_path = False
         self.stopped_at_ns: int | None = None
@@ -141,10 +144,10 @@ class GatewaySource:
     async def _see_end(self) -> None:
         """Without a return path the source has completed when it closed its end, not before."""
         assert self._hop is not None
+        self._end_seen = True
         if not self.return_path:
             with trio.move_on_after(END_S):
                 await self._hop.wait_eof()
-        self._complete = True
 
     async def answer(self, message: bytes) -> None:
         """Send a return path message to QEMU, if it listens to any."""
@@ -177,19 +180,46 @@ class GatewaySource:
             ) from error
 
     async def go_on(self) -> Whereabouts:
-        """Close the stream: with a return path QEMU resumes its guest by itself."""
+        """Close the stream: unless it has completed, QEMU resumes its guest by itself."""
         if self._hop is None:
             text = "the source QEMU never connected; its guest is untouched"
             return Whereabouts(GuestOn.SOURCE, text)
-        self._hop.close()
-        if self._let_go or (self._complete and not self.return_path):
+        completed: bool | None = self._let_go
+        if not self.return_path:
+            completed = await self._read_out()
+        self._hop.reset()
+        if completed is None:
+            text = "whether the source QEMU has completed is not known; look at its monitor"
+            return Whereabouts(GuestOn.UNKNOWN, text)
+        if completed:
             text = (
                 "the source QEMU has completed; its guest is paused there and runs nowhere, "
                 "'cont' in its monitor resumes it"
             )
             return Whereabouts(GuestOn.NEITHER, text)
         text = "the source QEMU keeps its guest and resumes it by itself"
+        if not self.return_path:
+            text += "; only if it had just completed, 'cont' in its monitor must do it"
         return Whereabouts(GuestOn.SOURCE, text)
+
+    async def _read_out(self) -> bool | None:
+        """Whether a source without a return path has completed; None if that cannot be told.
+
+        It has when it wrote its last byte, whoever reads it. So what lies in the socket is looked
+        through; once the guest is seen to be stopped, all that follows is read. Before its stop
+        the stream is cut first: read on, a guest that only waits for the link would stop.
+        """
+        assert self._hop is not None
+        was_stopped = self.stopped_at_ns is not None
+        if not was_stopped:
+            self._hop.abort()
+        with contextlib.suppress(QemuStreamBrokenError), trio.move_on_after(END_S) as reading:
+            while not self._end_seen:
+                await self.next_events(READ_OUT_BYTES)
+            await self._hop.wait_eof()
+            return True
+        stopped_unseen = not was_stopped and self.stopped_at_ns is not None
+        return None if reading.cancelled_caught or stopped_unseen else False
 
     async def finish(self, *, quit_guest: bool) -> None:
         """Nothing: the source QEMU belongs to somebody else."""

@@ -28,6 +28,8 @@ PIECE_BYTES = 256 * 1024
 PIECE_TIMEOUT = struct.pack("ll", 0, 2000)
 """Longest wait for a full piece, struct timeval: 2 ms, once, at the end of a burst."""
 
+LINGER_NOT = struct.pack("ii", 1, 0)
+
 
 class IncomingHop:
     """The source QEMU's stream as events.
@@ -117,6 +119,12 @@ class IncomingHop:
         """Make a pending ``next_events`` fail: the guest is gone."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def reset(self) -> None:
+        """Close the stream so that a QEMU which only writes notices at once, also over TCP."""
+        with contextlib.suppress(OSError):
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)
+        self.close()
 
     def close(self) -> None:
         """Close the stream; before SHUT this makes the source QEMU resume its guest."""

@@ -9,6 +9,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from migrate.errors import PeerLostError, PeerProtocolError
+from migrate.session import wait_stalled
 from migrate.transport.link import PEER_SILENCE_S, Link
 from proto.link import messages
 from proto.link.connection import LinkConnection
@@ -55,6 +56,20 @@ async def test_silent_peer_is_lost(quick_clock: MockClock) -> None:
         with pytest.raises(PeerLostError, match="migrate-dst has been silent for 15 s"):
             await source.receive()
         assert trio.current_time() - before >= PEER_SILENCE_S
+
+
+async def test_stall_is_seen_and_slowness_is_none(quick_clock: MockClock) -> None:
+    async def move(steps: list[int]) -> None:
+        for _ in range(5):
+            await trio.sleep(20)
+            steps.append(1)
+
+    before, steps = trio.current_time(), list[int]()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(move, steps)
+        await wait_stalled(lambda: len(steps), 30)
+    assert len(steps) == 5
+    assert 130 <= trio.current_time() - before < 135
 
 
 async def test_keep_alives_keep_an_idle_link(quick_clock: MockClock) -> None:

@@ -118,6 +118,14 @@ class Machine:
 
         await until(reached)
 
+    async def wait_migration(self, wanted: str) -> None:
+        """Wait until QEMU says this of its migration."""
+
+        async def reached() -> bool:
+            return (await queries.query_migrate(self.monitor)).status == wanted
+
+        await until(reached)
+
     async def migrate(self, uri: str) -> None:
         """What a person types into the monitor."""
         await queries.migrate(self.monitor, uri)

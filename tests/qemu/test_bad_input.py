@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -318,6 +319,22 @@ async def test_signals_while_nothing_happens(short_tmp: Path) -> None:
         gateway.process.send_signal(signal.SIGINT)
         await fail(gateway, 30, "cancelled")
         assert await bench.left_behind(dst, gateway) == []
+
+
+async def test_interrupt_while_a_qemu_does_not_answer(short_tmp: Path) -> None:
+    async with Bench.open(short_tmp) as bench, unix_server(short_tmp / "silent", b"") as silent:
+        hangs = [sys.executable, "-c", "import time; time.sleep(100)"]
+        commands = [
+            await bench.start_destination(qemu=hangs),
+            await bench.start_destination("--qmp", str(silent)),
+            await bench.start_source(silent, 1),
+        ]
+        await trio.sleep(1.5)
+        for command in commands:
+            command.process.send_signal(signal.SIGINT)
+        for command in commands:
+            assert await fail(command, 30, "cancelled") == "cancelled by SIGINT"
+        assert await bench.left_behind(*commands) == []
 
 
 async def test_hang_up_is_ignored(short_tmp: Path) -> None:

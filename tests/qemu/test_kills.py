@@ -331,6 +331,23 @@ async def test_attached_destination_qemu_cannot_run_a_copy_that_was_given_up(
         assert await bench.left_behind(src, dst) == []
 
 
+async def test_destination_command_is_killed_behind_a_gateway_in_pre_copy(
+    short_tmp: Path,
+) -> None:
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source(noise_mib=NOISE_MIB, hot_pages=1024)
+        await queries.set_parameters(source.monitor, {Parameter.DOWNTIME_LIMIT_MS: 1})
+        dst = await bench.destination(qemu=bench.qemu_command())
+        src = await bench.start_source("tcp:127.0.0.1:0", dst.port, "--max-bandwidth", "80Mbit")
+        await source.migrate((await src.wait_line(r"listening on (\S+) for"))[1])
+        await source.wait_round(2)
+        dst.kill()
+        assert await src.wait() == 11, src.text
+        assert src.guest_on == "source"
+        assert await source.runs()
+        await source.wait_migration("failed")
+
+
 @pytest.mark.parametrize("return_path", [True, False])
 async def test_destination_command_is_killed_behind_a_gateway(
     short_tmp: Path, return_path: bool
