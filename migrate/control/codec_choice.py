@@ -33,6 +33,10 @@ MAX_OPTIMISM_BATCHES: Final = 8192
 SLOW_LINK_BPS: Final = 150_000_000
 """1.2 Gbit/s: below it the strong level keeps up with the link on less than one core."""
 
+FAST_LINK_BPS: Final = 250_000_000
+"""2 Gbit/s: above it plain pages win. The encoder alone would keep up with more, but what looks
+like a link of 3 Gbit/s is most often two busy hosts, and an encoder makes them busier."""
+
 _UPGRADE_GAIN: Final = 1.10
 _DOWNGRADE_LOSS: Final = 0.98
 _DEMAND_MARGIN: Final = 1.25
@@ -86,8 +90,8 @@ class CodecPrior:
 
 PRIORS: Final = (
     CodecPrior(NONE, 4.0e9, 1.0),
-    CodecPrior(LZ4, 1.2e9, 0.6),
-    CodecPrior(ZSTD_1, 0.55e9, 0.5),
+    CodecPrior(LZ4, 1.2e9, 0.6, FAST_LINK_BPS),
+    CodecPrior(ZSTD_1, 0.55e9, 0.5, FAST_LINK_BPS),
     CodecPrior(ZSTD_3, 0.30e9, 0.47, SLOW_LINK_BPS),
 )
 """From cheap to strong. 1 MiB frames of real file pages on one 2.x GHz core, Python 3.11; they
@@ -286,7 +290,9 @@ class CodecChoice:
             return True
         # Half as much again before a codec in use is dropped, so that the border is no swing.
         border = 1.5 * limit if index == self._current else limit
-        return self._link_bps is not None and self._link_bps < border
+        if self._link_bps is None:
+            return limit > SLOW_LINK_BPS
+        return self._link_bps < border
 
     def _neighbour(self) -> CodecSetting:
         """Alternate between the next stronger and the next cheaper candidate."""

@@ -97,8 +97,8 @@ def test_10_gbit_is_not_slowed_down_by_an_encoder() -> None:
     world = World(link_bps=1.25e9)
     world.run(1000)
     raw_bps = world.estimate.raw_bps if world.estimate else 0.0
-    assert world.choice.current == LZ4
-    assert raw_bps >= 2e9
+    assert world.choice.current == NONE
+    assert raw_bps >= 1.2e9
 
 
 def test_memory_to_memory_gets_no_codec() -> None:
@@ -179,7 +179,7 @@ def test_one_batch_in_64_goes_to_a_neighbour() -> None:
 
 
 def test_a_link_that_became_faster_is_noticed_while_the_encoder_is_the_limit() -> None:
-    world = World(link_bps=500e6)
+    world = World(link_bps=200e6)
     world.run(300)
     assert world.choice.current == ZSTD_1
     world.link_bps = UNSHAPED
