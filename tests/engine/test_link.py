@@ -55,10 +55,10 @@ async def test_silent_peer_is_lost(quick_clock: MockClock) -> None:
         before = trio.current_time()
         with pytest.raises(PeerLostError, match="migrate-dst has been silent for 15 s"):
             await source.receive()
-        assert trio.current_time() - before >= PEER_SILENCE_S
+        assert 0 <= trio.current_time() - before - PEER_SILENCE_S < 1
 
 
-async def test_stall_is_seen_and_slowness_is_none(quick_clock: MockClock) -> None:
+async def test_stall_is_seen_and_slowness_is_none(autojump_clock: MockClock) -> None:
     async def move(steps: list[int]) -> None:
         for _ in range(5):
             await trio.sleep(20)

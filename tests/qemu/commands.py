@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -192,6 +193,7 @@ class Command:
         self.run_dir = run_dir
         self._news = trio.Event()
         self._ended = False
+        self._started_s = folder.stat().st_ctime
 
     async def read_lines(self) -> None:
         """Collect what the command says until it ends; run this as a task."""
@@ -232,9 +234,8 @@ class Command:
         return "\n".join(self.lines)
 
     @property
-    def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads(self.report_path.read_text())
-        return report
+    def report(self) -> Any:  # noqa: ANN401  plain JSON
+        return json.loads(self.report_path.read_text())
 
     @property
     def error(self) -> str:
@@ -248,12 +249,17 @@ class Command:
     @property
     def state_files(self) -> list[str]:
         """States that the handover left recorded."""
-        files = sorted(self.state_dir.glob("*")) if self.state_dir.exists() else []
+        files = sorted(self.state_dir.glob("*.json"))
         return [json.loads(path.read_text())["state"] for path in files]
 
     async def wait_state(self, state: str) -> None:
         """Wait until the handover recorded this."""
         await until_true(lambda: self.state_files == [state])
+
+    def folders(self) -> list[Path]:
+        """Its private folders: there is one while it runs, and for ever after a kill -9."""
+        found = self.run_dir.glob(f"{self.process.pid}-*")
+        return [path for path in found if path.stat().st_ctime >= self._started_s]
 
     def kill(self) -> None:
         """As a crash would."""
@@ -315,6 +321,9 @@ class Bench:
             await process.wait()
             if process.stderr is not None:
                 await process.stderr.aclose()
+        for command in self.commands:
+            for folder in command.folders():
+                shutil.rmtree(folder, ignore_errors=True)
 
     # --- QEMU -----------------------------------------------------------------------------------
 
@@ -470,7 +479,7 @@ class Bench:
         found = [f"process {pid}" for pid in self.processes() if pid not in known]
         for command in commands:
             killed = (command.process.returncode or 0) < 0
-            for folder in command.run_dir.glob(f"{command.process.pid}-*"):
+            for folder in command.folders():
                 paths = (folder, *folder.rglob("*"))
                 found += [str(path) for path in paths if not killed or path.is_socket()]
         return found

@@ -24,6 +24,8 @@ PHASES = {
     "pre-copy": ("--max-bandwidth", "80Mbit", "--downtime-limit", "111ms"),
     # QEMU stops the guest after its first look at the link; the rest takes ten seconds
     "stop-and-copy": ("--max-bandwidth", "16Mbit", "--downtime-limit", "60s"),
+    # the same in two seconds
+    "short stop-and-copy": ("--max-bandwidth", "80Mbit", "--downtime-limit", "60s"),
     # the guest is paused on both sides
     "hold": ("--hold-before-commit",),
 }
@@ -88,7 +90,7 @@ async def migrating(
     src = await bench.start_source(source, dst.port, *PHASES[phase])
     if phase == "pre-copy":
         await source.wait_round(2)
-    elif phase == "stop-and-copy":
+    elif phase.endswith("stop-and-copy"):
         await source.wait_run_state("finish-migrate")
     else:
         await src.wait_line("holding before commit")
@@ -151,7 +153,7 @@ async def test_guest_survives_when_the_source_qemu_dies_with_its_stream_read(
 ) -> None:
     """Nobody asks for the dead QEMU's status meanwhile, as an init process that sleeps."""
     async with Bench.open(short_tmp) as bench:
-        run = await migrating(bench, "stop-and-copy")
+        run = await migrating(bench, "short stop-and-copy")
         counter = await run.source.ticks()
         run.source.process.kill()
         assert await run.src.wait() == 0, run.src.text
