@@ -175,7 +175,7 @@ class DestinationRun:
         """Give the migration up, or warn only if the guest is here already."""
         told, bug = told_or_bug(failure)
         error = await self._peers_reason(told)
-        arrived = self._handover is not None and self._handover.run_state is not None
+        arrived = self._handover is not None and self._handover.arrived
         if arrived:
             self._session.warn(f"after the guest was taken over: {error}")
             with trio.CancelScope(shield=True):
@@ -191,9 +191,6 @@ class DestinationRun:
         if handover is not None and (handover.committed or handover.given_back):
             return
         with trio.CancelScope(shield=True), trio.move_on_after(DISCARD_S):
-            if self._source_may_have_committed():
-                assert self._state_file is not None
-                self._state_file.write(ABORTED, reason=error.code)
             try:
                 done = await guest.discard()
                 self._discarded = True
@@ -201,6 +198,8 @@ class DestinationRun:
                 error.guest_on = GuestOn.UNKNOWN
                 done = str(undead)
             self._session.say(done)
+            if self._discarded and self._source_may_have_committed():
+                self._record_aborted(error)
             if self._source_done:
                 self._session.warn(
                     "the source had let its guest go; if it does not run there, 'cont' in the "
@@ -211,6 +210,14 @@ class DestinationRun:
                     text = clip_text(str(error))
                     abort = messages.Abort(error.code, text, self._guest_on(error).value)
                     await self._link.farewell(abort)
+
+    def _record_aborted(self, error: MigrationError) -> None:
+        """Record that this copy will never run; it is dead whether or not that can be recorded."""
+        assert self._state_file is not None
+        try:
+            self._state_file.write(ABORTED, reason=error.code)
+        except MigrationError as unrecorded:
+            self._session.warn(str(unrecorded))
 
     async def _peers_reason(self, error: MigrationError) -> MigrationError:
         """Why the connection was lost, if the source said so before."""
@@ -237,6 +244,7 @@ class DestinationRun:
             link, hello = await sources.receive()
             self._link = link
             session.builder.setup_done(time.monotonic_ns())
+            nursery.start_soon(link.keep_alive)  # the comparison may take its time
             agreement = self._agreement = await answer_hello(
                 link, hello, guest, cache_max_bytes=self._params.cache_max_bytes
             )
@@ -270,7 +278,6 @@ class DestinationRun:
         )
         self._session.enter("precopy")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(link.keep_alive)
             nursery.start_soon(self._receive, link, to_control)
             nursery.start_soon(self._show_progress)
             nursery.start_soon(guest.watch)

@@ -28,6 +28,7 @@ COMMIT_SENT is the point of no return: before it every failure leaves the guest 
 it the source never resumes unless the destination says that its copy is dead.
 """
 
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -185,20 +186,25 @@ class SourceHandover:
 
     async def _commit(self) -> None:
         """The point of no return. Nobody runs before and after the record is written."""
+        await trio.lowlevel.checkpoint()  # called off by now? then not a step further
         with trio.CancelScope(shield=True), trio.move_on_after(RUNNING_S):
             self.state_file.write(
                 COMMIT_SENT, peer=self.link.peer, guest=self.guest.name
             )  # dies before the rename: the source may ``cont``; after it: unknown
             self.commit_sent = True
             try:
-                await self.link.send(messages.Commit())  # dies: unknown
+                # A link that is broken may hold the destination's ABORT: what counts is what was
+                # received, so a failed send is no answer yet.
+                with contextlib.suppress(PeerLostError):
+                    await self.link.send(messages.Commit())  # dies: unknown
                 self.running = await self._expect_running()  # dies: unknown
             except PeerRefusedError as error:
                 if error.guest_on not in (GuestOn.SOURCE, GuestOn.NEITHER):
                     raise SwitchoverUnknownError(self._unknown(str(error))) from error
                 # The destination's copy is dead, as it says itself: the guest is ours again.
-                self.state_file.remove()
                 self.commit_sent = False
+                with contextlib.suppress(OSError):
+                    self.state_file.remove()
                 raise
             except PeerLostError as error:
                 raise SwitchoverUnknownError(self._unknown(str(error))) from error
@@ -251,6 +257,7 @@ class DestinationHandover:
         committed: The guest is ours, recorded.
         given_back: It was, and could not run here: this copy is dead.
         run_state: The guest's run state once it is complete here.
+        arrived: The guest is complete here, and nothing that follows can change that.
         load_ns: Time to load device state and end.
     """
 
@@ -264,6 +271,7 @@ class DestinationHandover:
     committed: bool = False
     given_back: bool = False
     run_state: str | None = None
+    arrived: bool = False
     load_ns: int = 0
 
     async def hand_over(self) -> None:
@@ -275,14 +283,16 @@ class DestinationHandover:
         """
         state = self.inbound.state
         assert state.end is not None
-        await self._verify(state.end)
+        digest = await self._verify(state.end)
         started_ns = time.monotonic_ns()
         if self.kind is not CommitKind.HELD:
             await self.guest.load_devices(state.device_state)
-        await self._say_verified()
+        await self.link.send(messages.Verified(digest, state.end.page_count))
+        self.times.verified_ns = time.monotonic_ns()
         if self.kind is CommitKind.RELAYED:
             await self.guest.load_end()
             self.run_state = state.end.run_state
+            self.arrived = True
             return
         if self.kind is CommitKind.HELD:
             await self.guest.load_devices(state.device_state)
@@ -293,15 +303,15 @@ class DestinationHandover:
         await self._expect_commit()
         await self._take_over(state.end.run_state or "running")
 
-    async def _verify(self, end: messages.EndOfState) -> None:
-        """Compare digests; on a mismatch help the source to find the page, then refuse."""
+    async def _verify(self, end: messages.EndOfState) -> bytes:
+        """Compare digests and return RAM's; on a mismatch help to find the page, then refuse."""
         applier = self.inbound.state.applier
         ram_digest = applier.table.digest() if applier else bytes(16)
         page_count = applier.table.page_count if applier else 0
         opaque_digest = self.inbound.opaque_digest
         mine = (ram_digest, opaque_digest, page_count)
         if mine == (end.ram_digest, end.opaque_digest, end.page_count):
-            return
+            return ram_digest
         await self.link.send(messages.Mismatch(*mine))
         with trio.move_on_after(VERIFY_S):
             while applier is not None:
@@ -325,13 +335,6 @@ class DestinationHandover:
             if not inside or item.first_page + item.page_count > counts[item.block]:
                 raise PeerProtocolError(f"{self.link.peer} asks for pages that do not exist")
 
-    async def _say_verified(self) -> None:
-        applier = self.inbound.state.applier
-        digest = applier.table.digest() if applier else bytes(16)
-        count = applier.table.page_count if applier else 0
-        await self.link.send(messages.Verified(digest, count))
-        self.times.verified_ns = time.monotonic_ns()
-
     async def _expect_commit(self) -> None:
         while True:
             message = await self._expect(messages.Commit, messages.SourceDone)
@@ -349,6 +352,7 @@ class DestinationHandover:
                 if self.kind is CommitKind.WITHHELD:
                     await self.guest.load_end()
                 self.run_state = run_state = await self.guest.run(run_state)
+                self.arrived = True
             except MigrationError as error:
                 failure = error
             if failure is not None:
@@ -368,7 +372,8 @@ class DestinationHandover:
             return
         self.committed = False
         self.given_back = True
-        self.state_file.write(ABORTED, peer=self.link.peer, guest=self.guest.name)
+        with contextlib.suppress(MigrationError):  # the copy is dead, recorded or not
+            self.state_file.write(ABORTED, peer=self.link.peer, guest=self.guest.name)
         message = clip_text(f"the guest could not run at the destination: {error}; {done}")
         await self.link.try_send(messages.Abort("run-failed", message, "neither"))
 

@@ -8,6 +8,7 @@ import trio
 from migrate.errors import (
     MachineMismatchError,
     MigrationError,
+    ParamsError,
     PeerLostError,
     PeerProtocolError,
     PeerRefusedError,
@@ -115,6 +116,11 @@ async def answer_hello(
         MigrationError: The guest's facts cannot be had; REFUSED was sent.
     """
     try:
+        if hello.commit == "relay" and guest.commanded:
+            raise ParamsError(
+                "--commit relay is for a destination QEMU that somebody else starts the guest of "
+                "(migrate-dst --incoming); this migrate-dst commands its QEMU itself"
+            )
         facts = await guest.facts()
         differences = compare_machines(hello, facts)
         errors = [d.text for d in differences if d.severity is Severity.ERROR]

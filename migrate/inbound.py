@@ -20,7 +20,6 @@ from migrate.transport.link import Link
 from proto.codecs import decode
 from proto.errors import CodecError
 from proto.guest_events import (
-    PAGE_SIZE,
     GuestEvent,
     Opaque,
     OpaqueKind,
@@ -30,9 +29,13 @@ from proto.guest_events import (
 from proto.link import messages
 from proto.link.messages import Message
 from proto.link.pages import PageBatch, bytes_by_class
+from proto.qemu.format import MAX_DEVICE_STATE_BYTES, MAX_RAM_BYTES
 
 MAX_QUEUED_BYTES = 192 * 2**20
 """The source's window never lets more than 64 MiB be under way; three times that is no accident."""
+
+MIN_START_BYTES = 5
+"""A RAM section's start has at least its type and its id."""
 
 MAX_BURST_BYTES = 4 << 20
 """What is decoded in one thread hop, if so much has queued up."""
@@ -107,7 +110,7 @@ class Inbound:
         self._device_state: list[bytes] = []
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
         self._decoding = trio.CapacityLimiter(1)
-        self._unmarked_bytes = 0
+        self._unmarked_bytes = self._device_state_bytes = 0
         self._answers = trio.Event()
         self._flowing = trio.Event()
         self._news = trio.Event()
@@ -130,7 +133,7 @@ class Inbound:
         """
         self._flowing.set()
         self._news.set()
-        size = len(message.encoded) if isinstance(message, PageBatch) else PAGE_SIZE
+        size = _held_bytes(message)
         if self._queue.bytes_waiting + size > MAX_QUEUED_BYTES:
             raise PeerProtocolError(f"{self._link.peer} ignores the window it was given")
         if isinstance(message, messages.OpaqueData):
@@ -200,10 +203,15 @@ class Inbound:
                 data = bytes(decode(codec_id, encoded, raw_len))
                 self._opaque_hash.update(data)
                 self._device_state.append(data)
+                self._device_state_bytes += raw_len
+                if self._device_state_bytes > MAX_DEVICE_STATE_BYTES:
+                    raise PeerProtocolError(f"{self._link.peer} sends endless device state")
             case messages.RoundEnd(round_no):
                 self.state.round_no = round_no + 1
                 self._ledger.start_round(len(self._ledger.rounds), 0)
             case messages.EndOfState():
+                if self.state.applier is None and not self.state.opaque_rest:
+                    raise PeerProtocolError(f"{self._link.peer} ended a guest without RAM")
                 self.state.device_state = b"".join(self._device_state)
                 self.state.end = message
         return []
@@ -222,14 +230,25 @@ class Inbound:
         return [event for event in (applied.zeros, applied.pages) if event is not None]
 
     def _take_blocks(self, blocks: RamBlocks) -> RamBlocks:
+        ram_bytes = sum(block.used_length for block in blocks.blocks)
+        if len(blocks.start) < MIN_START_BYTES or ram_bytes > MAX_RAM_BYTES:
+            raise PeerProtocolError(
+                f"{self._link.peer} announces no guest RAM that can be: {ram_bytes} bytes, "
+                f"a start of {len(blocks.start)}"
+            )
         self.state.blocks = blocks
-        self.state.applier = PageApplier(
-            blocks.blocks,
-            seed=self._seed,
-            slot_count=self._slot_count,
-            allocate=self._guest.allocate,
-            fresh_blocks=self._guest.fresh_blocks(blocks),
-        )
+        try:
+            self.state.applier = PageApplier(
+                blocks.blocks,
+                seed=self._seed,
+                slot_count=self._slot_count,
+                allocate=self._guest.allocate,
+                fresh_blocks=self._guest.fresh_blocks(blocks),
+            )
+        except MemoryError as error:
+            raise PeerProtocolError(
+                f"no memory for the tables of {ram_bytes} bytes of guest RAM"
+            ) from error
         return blocks
 
     async def _load_all(self, bursts: trio.MemoryReceiveChannel[list[Decoded]]) -> None:
@@ -283,6 +302,17 @@ class Inbound:
             await self._link.send(messages.Ack(received, self._consumed_seq))
             if not self._all_consumed:
                 await trio.sleep(ACK_PAUSE_S)
+
+
+def _held_bytes(message: Message) -> int:
+    """What a queued message keeps in memory, or will, decoded."""
+    match message:
+        case PageBatch():
+            pages = (message.zero_pages, message.ref_pages, message.literal_pages)
+            return len(message.encoded) + 2 * sum(array.nbytes for array in pages) + 256
+        case messages.OpaqueData() | messages.DeviceStateData():
+            return message.raw_len + 256
+    return 256
 
 
 def _opens_return_path(event: GuestEvent) -> bool:

@@ -16,6 +16,7 @@ import trio
 import xxhash
 
 from migrate.control.codec_choice import NONE, CodecChoice, CodecSetting
+from migrate.errors import GuestError
 from migrate.guests.base import SourceGuest
 from migrate.pages.classify import ClassifiedPages, Classifier
 from migrate.params import Compress
@@ -38,6 +39,7 @@ from proto.guest_events import (
 from proto.link import messages
 from proto.link.messages import Message
 from proto.link.pages import PageBatch, split_zero_pages
+from proto.qemu.stream_reader import POSTCOPY_REASON
 
 ENCODE_THREADS = 2
 """Encoders at work at a time. The choice of a codec reckons with half of the host's processors at
@@ -51,6 +53,9 @@ MIN_BURST_BYTES = 1 << 20
 MAX_BURST_BYTES = 4 << 20
 """How much is read from the guest at a time: 10 ms of the present rate, within these bounds. A
 large burst saves thread hops on a fast link, and on a slow one it would be downtime."""
+
+POSTCOPY_ADVISE = bytes.fromhex("08 0003 0010")
+"""How QEMU announces at the start of a stream that it may switch to postcopy."""
 
 CODEC_IDS = {"none": CodecId.RAW, "lz4": CodecId.LZ4, "zstd": CodecId.ZSTD}
 
@@ -191,7 +196,7 @@ class Outbound:
             for part in _split(pages):
                 item = self._outgoing(part)
                 self._make_ready(item, part, NONE, None)
-                await self.sender.backlog.put(item, 0)
+                await self.sender.backlog.put(item, item.raw_bytes + part.zero_pages.nbytes)
             return
         item = self._outgoing(pages)
         codec = self._pick_codec()
@@ -277,6 +282,12 @@ class Outbound:
         await self.sender.backlog.put(item, raw_bytes)
 
     async def _put_opaque(self, event: Opaque) -> None:
+        advised = event.kind is OpaqueKind.COMMAND and event.data.startswith(POSTCOPY_ADVISE)
+        if advised or event.reason == POSTCOPY_REASON:
+            raise GuestError(
+                "the source QEMU is set up for postcopy, which cannot be verified before the "
+                "guest runs: switch its capability postcopy-ram off"
+            )
         if event.kind in (OpaqueKind.REST, OpaqueKind.REST_IN_RAM) and event.reason:
             self.state.opaque_rest = event.reason
             # no switchover can be seen in what is not understood: never stop reading for long

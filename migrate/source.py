@@ -7,6 +7,7 @@ beside them, and makes sure that a failure before the point of no return leaves 
 here.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -24,6 +25,7 @@ from migrate.errors import (
     MigrationCancelledError,
     MigrationError,
     PeerLostError,
+    PeerProtocolError,
     PeerRefusedError,
 )
 from migrate.guests.base import GuestProgress, SourceGuest, Whereabouts
@@ -49,16 +51,16 @@ from migrate.source_report import source_report
 from migrate.state_file import StateFile, check_state_dir
 from migrate.transport.channels import connect_tcp
 from migrate.transport.link import Link
+from proto.errors import QemuStreamError
 from proto.guest_events import GuestEvent
 from proto.limits import MAX_DATA_BYTES
 from proto.link import messages
 from proto.link.connection import LinkConnection
-from proto.link.messages import CommitKind, Message
+from proto.link.messages import Message
 from proto.link.state import Role
 from proto.packing import clip_text
 from proto.qemu.format import RP_SHUT
 from proto.qemu.return_path import ReturnPathReader
-from proto.qemu.stream_reader import POSTCOPY_REASON
 
 CALL_OFF_S = 45.0
 """Longest time to bring the guest back after a failure."""
@@ -267,7 +269,6 @@ class SourceRun:
             session.builder.setup_done(time.monotonic_ns())
             await guest.start()
             await outbound.run(pending)
-            self._check_postcopy()
             session.enter("handover")
             await handover.hand_over()
             session.enter("done")
@@ -308,15 +309,6 @@ class SourceRun:
                 await guest.finish(quit_guest=self._params.after == "quit")
             if self._peer_said_bye and self._handover is not None:
                 self._handover.state_file.remove()
-
-    def _check_postcopy(self) -> None:
-        assert self._outbound is not None
-        assert self._agreement is not None
-        postcopy = self._outbound.state.opaque_rest == POSTCOPY_REASON
-        if postcopy and self._agreement.kind is not CommitKind.RELAYED:
-            raise GuestError(
-                "postcopy only works with --commit relay", guest_on=GuestOn.UNKNOWN
-            )
 
     async def _connect(self) -> Link:
         params = self._params
@@ -371,10 +363,19 @@ class SourceRun:
     async def _relay(
         self, guest: SourceGuest, data: bytes, return_path: ReturnPathReader
     ) -> None:
-        assert self._handover is not None
+        handover = self._handover
+        assert handover is not None
+        try:
+            shuts = [m.value for m in return_path.feed(data) if m.type == RP_SHUT]
+        except QemuStreamError as error:
+            raise PeerProtocolError(f"the destination QEMU's return path: {error}") from error
+        if 0 in shuts and handover.times.verified_ns is None:
+            raise PeerProtocolError("the destination QEMU says SHUT before it was verified")
         await guest.answer(data)
-        if any(message.type == RP_SHUT for message in return_path.feed(data)):
-            self._handover.take_relayed_shut()
+        if 0 in shuts:
+            handover.take_relayed_shut()
+        elif shuts:
+            raise GuestError("the destination QEMU reported that its load failed")
 
     # --- progress and report ------------------------------------------------------------------
 
@@ -384,7 +385,8 @@ class SourceRun:
         while True:
             if trio.current_time() - asked_at > 0.5:
                 asked_at = trio.current_time()
-                with trio.move_on_after(0.4):
+                # progress is a nicety: what fails here shows elsewhere if it matters
+                with trio.move_on_after(0.4), contextlib.suppress(MigrationError):
                     known = await guest.progress()
             self._session.show(self._progress_state(known))
             await trio.sleep(PROGRESS_S)

@@ -148,6 +148,12 @@ class GatewaySource:
         if not self.return_path:
             with trio.move_on_after(END_S):
                 await self._hop.wait_eof()
+                return
+            raise GuestError(
+                f"{self.name} sent everything and did not close its stream: whether it completed "
+                "is not known; look at its monitor",
+                guest_on=GuestOn.UNKNOWN,
+            )
 
     async def answer(self, message: bytes) -> None:
         """Send a return path message to QEMU, if it listens to any."""
@@ -162,15 +168,21 @@ class GatewaySource:
     async def let_go(self) -> None:
         """Answer SHUT 0 and see QEMU close its end; without a return path it has long completed.
 
+        A source that closed its stream before SHUT was cancelled or failed: it runs its guest. What
+        cannot be told apart from a good end is a cancel in the moment SHUT is under way; only the
+        owner of the monitor can see that.
+
         Raises:
-            GuestError: The source did not close: whether it completed is unknown.
+            GuestError: The source did not close (whether it completed is unknown), or did before.
         """
         assert self._hop is not None
         if not self.return_path:
             return
-        self._let_go = True
+        if self._hop.is_closed_by_qemu():
+            raise GuestError(f"{self.name} was cancelled before the handover")
         try:
             await self._hop.answer(shut(0))
+            self._let_go = True
             with trio.fail_after(END_S):
                 await self._hop.wait_eof()
         except (QemuStreamBrokenError, trio.TooSlowError) as error:

@@ -52,6 +52,7 @@ CAPABILITIES_ON = ("late-block-activate", "events")
 CAPABILITIES_OFF = ("multifd", "postcopy-ram", "x-colo", "mapped-ram", "switchover-ack")
 
 NOT_ANONYMOUS = (
+    "readconfig",
     "mem-path",
     "memory-backend-file",
     "memory-backend-memfd",
@@ -73,6 +74,7 @@ class QemuDestination:
         self._nursery: trio.Nursery | None = None
         self._marks = 0
         self._end_delivered = False
+        self._may_have_run = False
         self._ended_by_us = False
         self._argv: Sequence[str] = ()
         self.form = "owned" if owned else "qmp"
@@ -182,8 +184,8 @@ class QemuDestination:
         self._end_delivered = True
         async with self._explained():
             with self._client.listen("MIGRATION") as events:
-                await self._open_loader.load_end()
                 with trio.move_on_after(LOAD_S):
+                    await self._open_loader.load_end()
                     await self._wait_loaded(events)
                     return
         raise GuestError(f"{self.name} did not complete the load within {LOAD_S:.0f} s")
@@ -194,6 +196,7 @@ class QemuDestination:
             state = await queries.query_run_state(self._client)
             if status.status == "completed" and state.status != queries.RUN_STATE_INCOMING:
                 if state.running:
+                    self._may_have_run = True
                     raise GuestError(f"{self.name} runs already", guest_on=GuestOn.UNKNOWN)
                 return
             if status.status == "failed":
@@ -204,39 +207,60 @@ class QemuDestination:
     async def run(self, run_state: str) -> str:
         """``cont`` where the guest ran at the source; otherwise leave it paused.
 
+        Once it ran, this is its place whatever happens to it next: its state is told, not judged.
+
         Raises:
-            GuestError: It cannot run (its disks, most likely).
+            QmpCommandError: ``cont`` was refused (its disks, most likely): it never ran.
+            GuestError: No answer: it may run or not (``guest_on`` is ``unknown``).
         """
-        if run_state == "running":
-            await self._cont()
-        state = await queries.query_run_state(self._client)
-        if state.running != (run_state == "running"):
-            raise GuestError(f"{self.name} is '{state.status}' after 'cont'")
-        return state.status
+        with trio.move_on_after(RUN_S):
+            if run_state == "running":
+                await self._cont()
+            return (await queries.query_run_state(self._client)).status
+        raise GuestError(
+            f"{self.name} did not say within {RUN_S:.0f} s that the guest runs",
+            guest_on=GuestOn.UNKNOWN,
+        )
 
     async def _cont(self) -> None:
-        with self._client.listen("RESUME", "STOP") as events, trio.move_on_after(RUN_S):
-            await queries.cont(self._client)
+        with self._client.listen("RESUME") as events:
+            self._may_have_run = True
+            try:
+                await queries.cont(self._client)
+            except QmpCommandError:
+                self._may_have_run = False
+                raise
             await events.next()
-            return
-        raise GuestError(f"{self.name} did not run within {RUN_S:.0f} s after 'cont'")
 
     async def discard(self) -> str:
-        """Kill the QEMU we started; make an attached one unable to run this guest."""
+        """Kill the QEMU we started; make an attached one unable to run this guest.
+
+        Raises:
+            GuestError: The guest may have run here already, or this copy's QEMU may still live:
+                nobody may resume another copy.
+        """
+        if self._may_have_run:
+            raise GuestError(
+                f"{self.name} may have run the guest: ask 'info status' there",
+                guest_on=GuestOn.UNKNOWN,
+            )
         self._ended_by_us = True
         if self._loader is not None:
             self._loader.close()
         if self._owned is not None:
             await self._owned.kill()
             return "the destination QEMU that was started is ended"
-        if self._client.is_closed:
-            return f"{self.name} has ended"
         if not self._end_delivered:
             return f"{self.name} got no complete guest; start it anew for another try"
-        with trio.move_on_after(DISCARD_S), contextlib.suppress(MigrationError):
-            await queries.quit_qemu(self._client)
+        with trio.move_on_after(DISCARD_S):
+            with contextlib.suppress(MigrationError):
+                await queries.quit_qemu(self._client)
+            await self._client.wait_peer_dead()
             return f"{self.name} held a complete copy and was made to quit"
-        return f"{self.name} holds a complete, paused copy: end it, never 'cont' it"
+        raise GuestError(
+            f"{self.name} holds a complete, paused copy: end it, never 'cont' it",
+            guest_on=GuestOn.UNKNOWN,
+        )
 
     async def keep(self) -> None:
         """Leave the QEMU to itself; its monitor stays where it is."""

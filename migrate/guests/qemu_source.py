@@ -5,8 +5,6 @@ paused at the end until we answer SHUT, and resumes it by itself when we close t
 """
 
 import contextlib
-import errno
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -180,20 +178,11 @@ class QemuSource:
         raise GuestError(f"{self.name} did not complete the migration", guest_on=GuestOn.SOURCE)
 
     async def _process_gone(self) -> bool:
-        """Whether the monitor closed because the process ended.
-
-        A dead process whose parent has not asked for its status still has its pid, but nobody
-        listens on its monitor any more.
-        """
+        """Whether the process ends; its monitor alone proves nothing."""
         with trio.move_on_after(END_S):
-            while True:
-                if self._client.is_closed and self._is_dead():
-                    return True
-                await trio.sleep(0.05)
+            await self._client.wait_peer_dead()
+            return True
         return False
-
-    def _is_dead(self) -> bool:
-        return not self._client.peer_alive() or _is_abandoned(self._client.path)
 
     async def _wait_status(self, events: EventListener, wanted: set[str]) -> str:
         while True:
@@ -278,13 +267,6 @@ class QemuSource:
             if state.status == "paused":
                 self._paused_by_user = True
                 self.stopped_at_ns = None
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Whether the process that listened on this unix socket has ended."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
 
 
 def _monotonic_ns(timestamp_us: int | None) -> int:

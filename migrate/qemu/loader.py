@@ -11,6 +11,7 @@ import trio
 
 from migrate.errors import GuestOn, QemuStreamBrokenError
 from migrate.qemu.local_hop import OutgoingHop
+from proto.errors import QemuStreamError
 from proto.guest_events import (
     GuestEvent,
     Opaque,
@@ -46,6 +47,7 @@ class QemuLoader:
         self._end = b""
         self._changed = trio.Event()
         self._closed = False
+        self._failure: QemuStreamBrokenError | None = None
         self._marked = 0
         self.consumed = 0
         self.shut_value: int | None = None
@@ -58,6 +60,8 @@ class QemuLoader:
                 for message in messages:
                     await self._take(message)
                 self._notify()
+        except QemuStreamBrokenError as error:
+            self._failure = error  # whoever waits for the QEMU hears of it
         finally:
             self._closed = True
             self._notify()
@@ -147,7 +151,9 @@ class QemuLoader:
         """
         while self.consumed <= number:
             if self._closed:
-                raise QemuStreamBrokenError("the destination QEMU stopped loading")
+                raise self._failure or QemuStreamBrokenError(
+                    "the destination QEMU stopped loading"
+                )
             await self._changed.wait()
         return self.consumed
 
@@ -160,7 +166,10 @@ class QemuLoader:
         """
         if self._rest:
             return
-        cut = end_mark_offset(state)
+        try:
+            cut = end_mark_offset(state)
+        except QemuStreamError as error:
+            raise QemuStreamBrokenError(f"the source's device state: {error}") from error
         self._end = state[cut:]
         await self._hop.send(self._writer.verbatim(self._prelude))
         await self._hop.send([*self._writer.ram_end(), state[:cut]])

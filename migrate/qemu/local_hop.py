@@ -93,14 +93,27 @@ class IncomingHop:
                 break
         return events
 
+    def is_closed_by_qemu(self) -> bool:
+        """Whether QEMU has closed its end by now, without waiting."""
+        try:
+            return not self._blocking.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     async def wait_eof(self) -> None:
         """Return when QEMU closed its end; bytes that still come are dropped."""
         scratch = bytearray(65536)
-        with contextlib.suppress(OSError):
-            while True:
-                await trio.lowlevel.wait_readable(self._sock)
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            try:
                 if not self._blocking.recv_into(scratch, 0, socket.MSG_DONTWAIT):
                     return
+            except BlockingIOError:
+                continue  # woken for nothing
+            except OSError:
+                return
 
     async def answer(self, message: bytes) -> None:
         """Send a return path message to the source QEMU.

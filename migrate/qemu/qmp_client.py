@@ -11,6 +11,7 @@ these are the way out when a stopped source blocks on a migration stream that no
 
 import errno
 import logging
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
@@ -209,9 +210,16 @@ class QmpClient:
         """Whether the monitor is gone, most often because QEMU exited."""
         return self._closed.is_set()
 
-    def peer_alive(self) -> bool:
-        """Whether the process that opened the monitor exists, whatever the monitor does."""
-        return self._peer_pid > 0 and Path(f"/proc/{self._peer_pid}").exists()
+    async def wait_peer_dead(self) -> None:
+        """Wait until the process that opened the monitor has ended, whatever the monitor does."""
+        try:
+            pidfd = os.pidfd_open(self._peer_pid)
+        except ProcessLookupError:
+            return
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
 
     async def wait_closed(self) -> None:
         """Wait until QEMU closes the monitor, or it breaks."""

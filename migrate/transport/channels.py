@@ -46,7 +46,8 @@ async def send_all(sock: trio.socket.SocketType, buffers: Iterable[Buffer]) -> i
 async def send_views(sock: trio.socket.SocketType, views: list[memoryview]) -> None:
     """Send buffers, none empty, and take them off the list; a cancelled call leaves the rest."""
     while views:
-        sent = await sock.sendmsg(views[:IOV_MAX])
+        # A socket shared with a thread may be a blocking one; here nothing ever blocks.
+        sent = await sock.sendmsg(views[:IOV_MAX], [], socket.MSG_DONTWAIT)
         done = 0
         while done < len(views) and sent >= views[done].nbytes:
             sent -= views[done].nbytes
