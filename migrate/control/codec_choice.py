@@ -103,7 +103,7 @@ class _Estimate:
 
     def __init__(self, prior: CodecPrior) -> None:
         self.setting = prior.setting
-        self.speed_bps = prior.speed_bps
+        self.speed_bps = self.prior_speed_bps = prior.speed_bps
         self.ratio = prior.ratio
         self.max_link_bps = prior.max_link_bps
 
@@ -191,6 +191,9 @@ class CodecChoice:
                 weaker.ratio = max(weaker.ratio, seen.ratio)
         for stronger in self._estimates[index + 1 :]:
             stronger.ratio = min(stronger.ratio, seen.ratio)
+            # nor is it faster than the weaker one's speed, here and now, suggests
+            slower_by = stronger.prior_speed_bps / seen.prior_speed_bps
+            stronger.speed_bps = min(stronger.speed_bps, seen.speed_bps * slower_by)
 
     def choose(self, link: GoodputEstimate | None) -> CodecSetting:
         """Choose the codec of the next batch.
