@@ -63,8 +63,8 @@ def guest_line(guest_on: GuestOn, guest_state: str | None = None) -> str:
             return f"the guest is on the {side}, not running: QEMU says '{guest_state}'"
         case GuestOn.NEITHER:
             return (
-                "the guest runs on NEITHER side: the source still has it, stopped; "
-                "'cont' on the source QEMU brings it back"
+                "the guest runs on NEITHER side; "
+                "if the source QEMU still lives, 'cont' on it brings the guest back"
             )
         case GuestOn.UNKNOWN:
             return (

@@ -4,15 +4,17 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
+import trio
 from numpy.typing import NDArray
 
 import migrate.pages.apply
 from migrate.cli import dst, src
+from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
 from migrate.pages.page_cache import SlotStore
 from migrate.transport.link import Link
 from proto.guest_events import GuestEvent
-from proto.link.messages import DeviceStateData, Message
+from proto.link.messages import DeviceStateData, EndOfState, Message
 from proto.link.pages import PageBatch
 
 
@@ -90,6 +92,18 @@ def flip_device_state() -> None:
     Inbound._decode = flipped  # type: ignore[method-assign]
 
 
+def slow_verify() -> None:
+    """The destination takes a second to compare its digests."""
+    verify = DestinationHandover._verify
+
+    async def slowly(self: DestinationHandover, end: EndOfState) -> bytes:
+        print("verifying slowly", file=sys.stderr, flush=True)
+        await trio.sleep(1)
+        return await verify(self, end)
+
+    DestinationHandover._verify = slowly  # type: ignore[method-assign]
+
+
 FAULTS = {
     fault.__name__: fault
     for fault in (
@@ -98,6 +112,7 @@ FAULTS = {
         lose_frame,
         drop_batch,
         flip_device_state,
+        slow_verify,
     )
 }
 

@@ -1,5 +1,6 @@
 """Every way into and out of the engine carries a running guest, and leaves nothing behind."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from migrate.qemu.queries import Capability
 from tests.qemu.commands import Bench, Command, Destination, Machine, free_port, runs, ticks
 
 pytestmark = pytest.mark.qemu
+
+FAULTY = Path(__file__).with_name("faulty.py")
 
 NOISE = {"noise_mib": 4, "hot_pages": 32}
 SOURCES = ("qmp", "tcp", "unix", "tcp, no return path", "unix, no return path")
@@ -103,6 +106,63 @@ async def test_relayed_commit_belongs_to_the_owner_of_both_monitors(short_tmp: P
         assert await source.stands_still()
         await queries.cont(machine.monitor)
         assert await machine.runs()
+
+
+async def test_relayed_commit_is_refused_where_we_command_the_destination(
+    short_tmp: Path,
+) -> None:
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source(**NOISE)
+        await queries.set_capabilities(source.monitor, {Capability.RETURN_PATH: True})
+        dst = await bench.destination(qemu=bench.qemu_command(**NOISE))
+        src = await bench.start_source("tcp:127.0.0.1:0", dst.port, "--commit", "relay")
+        await source.migrate((await src.wait_line(r"listening on (\S+) for"))[1])
+        assert await src.wait() == 12
+        assert await dst.wait() == 2
+        assert "--commit relay is for a destination QEMU" in src.error
+        assert await source.runs()
+        assert await bench.left_behind(src, dst) == []
+
+
+async def test_postcopy_is_refused_at_its_announcement(short_tmp: Path) -> None:
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source(**NOISE)
+        await queries.set_capabilities(
+            source.monitor, {Capability.RETURN_PATH: True, "postcopy-ram": True}
+        )
+        dst = await bench.destination(qemu=bench.qemu_command(**NOISE))
+        src = await bench.start_source("tcp:127.0.0.1:0", dst.port)
+        await source.migrate((await src.wait_line(r"listening on (\S+) for"))[1])
+        assert await src.wait() == 20
+        assert await dst.wait() == 12
+        assert "switch its capability postcopy-ram off" in src.error
+        assert src.guest_on == "source"
+        assert await source.runs()
+
+
+async def test_source_cancelled_in_the_hold_keeps_its_guest(short_tmp: Path) -> None:
+    """A gateway source that its owner cancels before SHUT is not taken for a completed one."""
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source(**NOISE)
+        await queries.set_capabilities(source.monitor, {Capability.RETURN_PATH: True})
+        bench.programs["migrate-dst"] = [
+            sys.executable,
+            str(FAULTY),
+            "slow_verify",
+            "migrate-dst",
+        ]
+        dst = await bench.destination(qemu=bench.qemu_command(**NOISE))
+        src = await bench.start_source("tcp:127.0.0.1:0", dst.port)
+        await source.migrate((await src.wait_line(r"listening on (\S+) for"))[1])
+        await dst.wait_line("verifying slowly")
+        await queries.migrate_cancel(source.monitor)
+        assert await source.runs()
+        assert await src.wait() == 20
+        assert await dst.wait() != 0
+        assert "was cancelled before the handover" in src.error
+        assert src.guest_on == "source"
+        assert await source.runs()
+        assert await bench.left_behind(src, dst) == []
 
 
 async def test_second_connection_to_the_gateway_is_refused(short_tmp: Path) -> None:
