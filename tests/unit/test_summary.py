@@ -111,7 +111,7 @@ def test_long_lists_of_rounds_keep_their_ends(count: int, shown: int) -> None:
         (GuestOn.DESTINATION, "running", "the guest runs on the destination"),
         (GuestOn.SOURCE, None, "the guest is on the source"),
         (GuestOn.DESTINATION, "paused", "on the destination, not running: QEMU says 'paused'"),
-        (GuestOn.NEITHER, None, "NEITHER side.*'cont' on the source QEMU"),
+        (GuestOn.NEITHER, None, "NEITHER side.*if the source QEMU still lives, 'cont'"),
         (GuestOn.UNKNOWN, None, "UNKNOWN where the guest runs: start it nowhere before"),
         (GuestOn.HANDED_OVER, None, "handed over: whoever owns both monitors"),
     ],
