@@ -57,7 +57,7 @@ from proto.limits import MAX_DATA_BYTES
 from proto.link import messages
 from proto.link.connection import LinkConnection
 from proto.link.messages import Message
-from proto.link.state import Role
+from proto.link.state import LinkState, Role
 from proto.packing import clip_text
 from proto.qemu.format import RP_SHUT
 from proto.qemu.return_path import ReturnPathReader
@@ -369,7 +369,8 @@ class SourceRun:
             shuts = [m.value for m in return_path.feed(data) if m.type == RP_SHUT]
         except QemuStreamError as error:
             raise PeerProtocolError(f"the destination QEMU's return path: {error}") from error
-        if 0 in shuts and handover.times.verified_ns is None:
+        # The link's state moves with the message itself; the handover may not have run since.
+        if 0 in shuts and handover.link.connection.state is not LinkState.VERIFIED:
             raise PeerProtocolError("the destination QEMU says SHUT before it was verified")
         await guest.answer(data)
         if 0 in shuts:
