@@ -15,7 +15,7 @@ import numpy as np
 import trio
 import xxhash
 
-from migrate.control.codec_choice import NONE, CodecChoice, CodecSetting
+from migrate.control.codec_choice import NONE, CodecChoice, CodecSetting, Trial
 from migrate.errors import GuestError
 from migrate.guests.base import SourceGuest
 from migrate.pages.classify import ClassifiedPages, Classifier
@@ -199,11 +199,11 @@ class Outbound:
                 await self.sender.backlog.put(item, item.raw_bytes + part.zero_pages.nbytes)
             return
         item = self._outgoing(pages)
-        codec = self._pick_codec()
-        if codec == NONE:
+        codec, probe = self._pick_codec()
+        if codec == NONE and probe is None:
             self._make_ready(item, pages, codec, None)
         else:
-            nursery.start_soon(self._encode, item, pages, codec)
+            nursery.start_soon(self._encode, item, pages, codec, probe)
         await self.sender.backlog.put(item, pages.literals.nbytes)
 
     def _outgoing(self, pages: ClassifiedPages) -> Outgoing:
@@ -216,24 +216,43 @@ class Outbound:
         }
         return item
 
-    def _pick_codec(self) -> CodecSetting:
+    def _pick_codec(self) -> tuple[CodecSetting, CodecSetting | None]:
+        """The codec of the next batch, and another to try on it for comparison."""
         wish = self._compress
         if wish.mode != "auto":
-            return CodecSetting(wish.mode, (wish.level or 1) if wish.mode == "zstd" else 0)
-        return self._choice.choose(self.sender.carried_estimate())
+            level = (wish.level or 1) if wish.mode == "zstd" else 0
+            return CodecSetting(wish.mode, level), None
+        return self._choice.choose(self.sender.carried_estimate()), self._choice.probe()
 
     # --- encode -------------------------------------------------------------------------------
 
     async def _encode(
-        self, item: Outgoing, pages: ClassifiedPages, codec: CodecSetting
+        self,
+        item: Outgoing,
+        pages: ClassifiedPages,
+        codec: CodecSetting,
+        probe: CodecSetting | None,
     ) -> None:
-        encoded, encode_ns = await trio.to_thread.run_sync(
+        encoded, encode_ns = await self._encode_with(codec, pages)
+        self._make_ready(item, pages, codec, encoded)
+        if self._compress.mode != "auto":
+            return
+        raw_bytes = pages.literals.nbytes
+        probed = None
+        if probe is not None:
+            thrown_away, probe_ns = await self._encode_with(probe, pages)
+            probed = Trial(probe, _length(thrown_away, raw_bytes), probe_ns)
+        trial = Trial(codec, _length(encoded, raw_bytes), encode_ns)
+        self._choice.observe(raw_bytes, trial, probed)
+
+    async def _encode_with(
+        self, codec: CodecSetting, pages: ClassifiedPages
+    ) -> tuple[bytes | None, int]:
+        if codec == NONE:
+            return None, 0
+        return await trio.to_thread.run_sync(
             _encode_literals, pages, codec, limiter=self._encoders
         )
-        if self._compress.mode == "auto":
-            length = pages.literals.nbytes if encoded is None else len(encoded)
-            self._choice.observe(codec, pages.literals.nbytes, length, encode_ns)
-        self._make_ready(item, pages, codec, encoded)
 
     def _make_ready(
         self, item: Outgoing, pages: ClassifiedPages, codec: CodecSetting, encoded: bytes | None
@@ -338,6 +357,10 @@ def _split(pages: ClassifiedPages) -> list[ClassifiedPages]:
     )
     parts = [first, *(replace(nothing, zero_pages=part) for part in zeros[1:])]
     return [part for part in parts if part.page_count]
+
+
+def _length(encoded: bytes | None, raw_bytes: int) -> int:
+    return raw_bytes if encoded is None else len(encoded)
 
 
 def _encode_literals(pages: ClassifiedPages, codec: CodecSetting) -> tuple[bytes | None, int]:

@@ -8,13 +8,14 @@ the best, with these brakes:
 * a choice stays for at least ``DWELL_BATCHES``;
 * a codec that costs more processor time must promise 10 % more, one that costs less may promise
   2 % less: both QEMUs share the processor with us, so a tie goes to the cheaper one;
-* when neither link nor encoder is the limit (the guest is), the cheapest codec that is fast
-  enough wins;
-* every 64th batch is given to a neighbour, so that no estimate grows old;
+* when neither link nor encoder is the limit (the guest is) for ``IDLE_BATCHES`` on end, the
+  cheapest codec that is fast enough wins;
+* candidates are compared on the same pages: one batch in 64 is encoded a second time by a
+  neighbour, whose output is thrown away. What the codec in use says of the content later moves
+  the estimates of all, their proportions stay as they were measured;
 * the link's rate is only known while it is the limit. When the encoder is, the last known
-rate is
-  dropped now and then to see whether the link has become faster, each failed try doubling the
-  wait.
+  rate is dropped now and then to see whether the link has become faster, each failed try doubling
+  the wait.
 """
 
 from dataclasses import dataclass
@@ -26,12 +27,19 @@ DWELL_BATCHES: Final = 16
 """Batches between two changes: 16 MiB, about a third of a second at 200 Mbit/s with zstd."""
 
 PROBE_EVERY_BATCHES: Final = 64
-"""One batch in 64 goes to a neighbour: at worst 2 % of the work, done three times slower."""
+FIRST_PROBE_BATCH: Final = 8
+"""One batch in 64 is encoded twice, the first early: what is believed of a codec before is a guess
+for RAM that nobody has seen."""
+
+IDLE_BATCHES: Final = 64
+"""Batches for which link and encoders must have waited for the guest before they get less work: the
+first pages of a guest trickle between zero pages, and 16 MiB of them sent as they are would be
+felt on a slow link."""
 
 FIRST_OPTIMISM_BATCHES: Final = 64
 MAX_OPTIMISM_BATCHES: Final = 8192
-SLOW_LINK_BPS: Final = 150_000_000
-"""1.2 Gbit/s: below it the strong level keeps up with the link on less than one core."""
+SLOW_LINK_BPS: Final = 40_000_000
+"""320 Mbit/s: below it the strong level keeps up with the link on less than one core."""
 
 FAST_LINK_BPS: Final = 250_000_000
 """2 Gbit/s: above it plain pages win. The encoder alone would keep up with more, but what looks
@@ -47,6 +55,16 @@ codec costs nobody anything and saves bytes. The lower bound holds for a codec i
 _ENCODER_BOUND: Final = 0.7
 _WEIGHT: Final = 0.25
 """Weight of a new batch in the running averages."""
+_PROBE_WEIGHT: Final = 0.5
+_PACE_SHARE: Final = 0.5
+_MOST_PACE_DROP: Final = 2.0
+"""One batch in a few dozen takes five times the processor time of its neighbours (a cold cache, a
+host that took the processor away): it must not look as if the encoder had become slow."""
+PATIENCE_BATCHES: Final = 8
+"""Batches in a row that must want the same change before it is made."""
+_TELLING_SHARE: Final = 0.05
+"""Pages of which the codec in use saves less say nothing about proportions."""
+_BEST_RATIO: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +85,8 @@ class CodecSetting:
 
 NONE: Final = CodecSetting("none")
 LZ4: Final = CodecSetting("lz4")
-ZSTD_1: Final = CodecSetting("zstd", 1)
 ZSTD_3: Final = CodecSetting("zstd", 3)
+ZSTD_6: Final = CodecSetting("zstd", 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,59 +108,88 @@ class CodecPrior:
 
 PRIORS: Final = (
     CodecPrior(NONE, 4.0e9, 1.0),
-    CodecPrior(LZ4, 1.2e9, 0.6, FAST_LINK_BPS),
-    CodecPrior(ZSTD_1, 0.55e9, 0.5, FAST_LINK_BPS),
-    CodecPrior(ZSTD_3, 0.30e9, 0.47, SLOW_LINK_BPS),
+    CodecPrior(LZ4, 1.0e9, 0.55, FAST_LINK_BPS),
+    CodecPrior(ZSTD_3, 0.36e9, 0.40, FAST_LINK_BPS),
+    CodecPrior(ZSTD_6, 0.12e9, 0.375, SLOW_LINK_BPS),
 )
-"""From cheap to strong. 1 MiB frames of real file pages on one 2.x GHz core, Python 3.11; they
-only matter for the first batches of each codec."""
+"""From cheap to strong. 1 MiB frames, between file pages and half random ones, on one 2.x GHz core
+that others use too. Their proportions matter until the first probe."""
 
 
-class _Estimate:
-    """Running averages of one codec."""
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How one codec did on one batch.
+
+    Attributes:
+        setting: The codec.
+        encoded_bytes: Bytes that came out.
+        encode_ns: Processor time of the encoder thread; 0 = not measured.
+    """
+
+    setting: CodecSetting
+    encoded_bytes: int
+    encode_ns: int
+
+
+class _Candidate:
+    """One codec, measured in units of what the content allows now (``_Content``)."""
 
     def __init__(self, prior: CodecPrior) -> None:
         self.setting = prior.setting
-        self.speed_bps = self.prior_speed_bps = prior.speed_bps
-        self.ratio = prior.ratio
         self.max_link_bps = prior.max_link_bps
+        self.strength = 1 - prior.ratio
+        self.speed_bps = prior.speed_bps
 
-    def observe(self, raw_bytes: int, encoded_bytes: int, encode_ns: int) -> None:
-        # A batch that did not shrink is sent as it is: the ratio never passes 1.
-        ratio = min(1.0, encoded_bytes / raw_bytes)
-        self.ratio += _WEIGHT * (ratio - self.ratio)
-        if encode_ns > 0:
+
+class _Content:
+    """How the pages of the moment take to encoders, for all candidates alike.
+
+    Attributes:
+        yields: Share of a page that falls away, per unit of a codec's strength.
+        pace: Speed of an encoder thread, per unit of a codec's speed.
+    """
+
+    def __init__(self) -> None:
+        self.yields = 1.0
+        self.pace = 1.0
+
+    def learn(self, candidate: _Candidate, raw_bytes: int, trial: Trial, weight: float) -> None:
+        # A batch that did not shrink is sent as it is: nothing falls below 0.
+        saved = max(0.0, 1 - trial.encoded_bytes / raw_bytes)
+        self.yields += weight * (saved / candidate.strength - self.yields)
+        if trial.encode_ns > 0:
             # Averages time per byte, as total time over many batches would.
-            speed = raw_bytes * 1e9 / encode_ns
-            self.speed_bps = 1 / ((1 - _WEIGHT) / self.speed_bps + _WEIGHT / speed)
-
-    def throughput_bps(self, link_bps: float | None, workers: int) -> float:
-        """Raw bytes per second; ``link_bps`` ``None`` = the link is no limit."""
-        encoders = self.speed_bps * workers
-        return encoders if link_bps is None else min(encoders, link_bps / max(self.ratio, 1e-6))
+            pace = raw_bytes * 1e9 / trial.encode_ns / candidate.speed_bps
+            slowest = self.pace / _MOST_PACE_DROP
+            weight *= _PACE_SHARE
+            self.pace = 1 / ((1 - weight) / self.pace + weight / max(pace, slowest))
 
 
 class CodecChoice:
     """Choose a codec per batch. Not for several threads at once."""
 
     def __init__(self, workers: int, priors: tuple[CodecPrior, ...] = PRIORS) -> None:
-        """Start with zstd:1: right on links of up to a few Gbit/s, some milliseconds on others.
+        """Start with zstd:3: right on links of up to a few Gbit/s, some milliseconds on others.
 
         Args:
             workers: Encoder threads that can run at the same time, at least 1.
-            priors: Candidates from cheap to strong, among them zstd:1.
+            priors: Candidates from cheap to strong, among them zstd:3.
 
         Raises:
-            ValueError: No worker, or zstd:1 is missing.
+            ValueError: No worker, or zstd:3 is missing.
         """
         if workers < 1:
             raise ValueError(f"expected at least one worker, got {workers}")
         self._workers = workers
-        self._estimates = [_Estimate(prior) for prior in priors]
-        self._current = [prior.setting for prior in priors].index(ZSTD_1)
+        self._candidates = [_Candidate(prior) for prior in priors]
+        self._content = _Content()
+        self._current = [prior.setting for prior in priors].index(ZSTD_3)
         self._link_bps: float | None = None
         self._batches = 0
         self._since_change = 0
+        self._wish = self._current
+        self._wished_for = 0
+        self._idle_batches = 0
         self._probe_upwards = True
         self._encoder_bound_batches = 0
         self._optimism_batches = FIRST_OPTIMISM_BATCHES
@@ -150,8 +197,8 @@ class CodecChoice:
 
     @property
     def current(self) -> CodecSetting:
-        """The codec that batches get, probes aside."""
-        return self._estimates[self._current].setting
+        """The codec that batches get."""
+        return self._candidates[self._current].setting
 
     def ratio(self, setting: CodecSetting) -> float:
         """Encoded bytes per raw byte that are expected of a candidate.
@@ -159,41 +206,45 @@ class CodecChoice:
         Raises:
             KeyError: Not a candidate.
         """
-        return self._estimates[self._index(setting)].ratio
+        return self._ratio(self._candidates[self._index(setting)])
 
-    def observe(
-        self, setting: CodecSetting, raw_bytes: int, encoded_bytes: int, encode_ns: int
-    ) -> None:
-        """Note how a batch went.
-
-        What one codec says of the content binds the others: a stronger one is not worse than
-        it, a weaker one not better. So a guest whose RAM changes from incompressible to
-        compressible is seen by all candidates with the first few probes.
+    def observe(self, raw_bytes: int, trial: Trial, probe: Trial | None = None) -> None:
+        """Note how a batch went, and how it would have gone with the codec of ``probe``.
 
         Args:
-            setting: The codec it had, one of the candidates.
             raw_bytes: Bytes that went in; batches of 0 bytes are ignored.
-            encoded_bytes: Bytes that came out.
-            encode_ns: Processor time of the encoder thread; 0 = not measured.
+            trial: The codec whose output was sent; ``NONE`` with the whole length if none was.
+            probe: Another codec on the same pages.
 
         Raises:
             KeyError: Not a candidate.
         """
-        index = self._index(setting)
+        for tried in (trial, probe):
+            if tried is not None:
+                self._index(tried.setting)
         if raw_bytes <= 0:
             return
-        seen = self._estimates[index]
-        seen.observe(raw_bytes, encoded_bytes, encode_ns)
-        if setting == NONE:
-            return
-        for weaker in self._estimates[:index]:
-            if weaker.setting != NONE:
-                weaker.ratio = max(weaker.ratio, seen.ratio)
-        for stronger in self._estimates[index + 1 :]:
-            stronger.ratio = min(stronger.ratio, seen.ratio)
-            # nor is it faster than the weaker one's speed, here and now, suggests
-            slower_by = stronger.prior_speed_bps / seen.prior_speed_bps
-            stronger.speed_bps = min(stronger.speed_bps, seen.speed_bps * slower_by)
+        if trial.setting != NONE:
+            used = self._candidates[self._index(trial.setting)]
+            self._content.learn(used, raw_bytes, trial, _WEIGHT)
+            if probe is not None and probe.setting != NONE:
+                self._compare(raw_bytes, trial, probe)
+        elif probe is not None and probe.setting != NONE:
+            # Probes are all there is while nothing is encoded: they count for more.
+            probed = self._candidates[self._index(probe.setting)]
+            self._content.learn(probed, raw_bytes, probe, _PROBE_WEIGHT)
+
+    def _compare(self, raw_bytes: int, trial: Trial, probe: Trial) -> None:
+        """Set the probed codec in proportion to the one in use, from the same pages."""
+        mine = self._candidates[self._index(trial.setting)]
+        other = self._candidates[self._index(probe.setting)]
+        saved = 1 - trial.encoded_bytes / raw_bytes
+        if saved >= _TELLING_SHARE:
+            share = max(_TELLING_SHARE / 10, 1 - probe.encoded_bytes / raw_bytes) / saved
+            other.strength += _PROBE_WEIGHT * (share * mine.strength - other.strength)
+        if trial.encode_ns > 0 and probe.encode_ns > 0:
+            speed = mine.speed_bps * trial.encode_ns / probe.encode_ns
+            other.speed_bps += _PROBE_WEIGHT * (speed - other.speed_bps)
 
     def choose(self, link: GoodputEstimate | None) -> CodecSetting:
         """Choose the codec of the next batch.
@@ -205,11 +256,17 @@ class CodecChoice:
         self._since_change += 1
         if link is not None:
             self._learn_link(link)
+            idle = not link.saturated and not self._encoder_bound(link)
+            self._idle_batches = self._idle_batches + 1 if idle else 0
             if self._since_change >= DWELL_BATCHES:
                 self._reconsider(link)
-        if self._batches % PROBE_EVERY_BATCHES == 0:
-            return self._neighbour()
         return self.current
+
+    def probe(self) -> CodecSetting | None:
+        """The codec that the batch just chosen for is to be tried with as well, if any."""
+        if self._batches % PROBE_EVERY_BATCHES != FIRST_PROBE_BATCH:
+            return None
+        return self._neighbour()
 
     def _learn_link(self, link: GoodputEstimate) -> None:
         if link.saturated:
@@ -233,18 +290,22 @@ class CodecChoice:
 
     def _demand_bps(self, link: GoodputEstimate) -> float:
         """Raw bytes per second that pass the encoders now."""
-        return link.wire_bps / max(self._estimates[self._current].ratio, 1e-6)
+        return link.wire_bps / self._ratio(self._candidates[self._current])
 
     def _encoder_bound(self, link: GoodputEstimate) -> bool:
-        capacity = self._estimates[self._current].speed_bps * self._workers
+        capacity = self._encoders_bps(self._candidates[self._current])
         return self._demand_bps(link) >= _ENCODER_BOUND * capacity
 
     def _reconsider(self, link: GoodputEstimate) -> None:
         if link.saturated or self._encoder_bound(link):
             better = self._strongest_free(self._fastest())
-        else:
+        elif self._idle_batches >= IDLE_BATCHES:
             better = self._cheapest_for(_DEMAND_MARGIN * self._demand_bps(link))
-        if better != self._current:
+        else:
+            return
+        self._wished_for = self._wished_for + 1 if better == self._wish else 1
+        self._wish = better
+        if better != self._current and self._wished_for >= PATIENCE_BATCHES:
             self._current = better
             self._since_change = 0
 
@@ -262,13 +323,13 @@ class CodecChoice:
 
     def _strongest_free(self, fastest: int) -> int:
         """The strongest codec beyond ``fastest`` that keeps the encoders half idle, if any."""
-        if self._link_bps is None or self._estimates[fastest].setting == NONE:
+        if self._link_bps is None or self._candidates[fastest].setting == NONE:
             return fastest
-        for index in range(len(self._estimates) - 1, fastest, -1):
-            estimate = self._estimates[index]
+        for index in range(len(self._candidates) - 1, fastest, -1):
+            candidate = self._candidates[index]
             spare = _FREE_CAPACITY_HELD if index == self._current else _FREE_CAPACITY
-            needed = spare * self._link_bps / max(estimate.ratio, 1e-6)
-            if self._allowed(index) and estimate.speed_bps * self._workers >= needed:
+            needed = spare * self._link_bps / self._ratio(candidate)
+            if self._allowed(index) and self._encoders_bps(candidate) >= needed:
                 return index
         return fastest
 
@@ -281,14 +342,27 @@ class CodecChoice:
 
     def _throughputs(self) -> list[float]:
         return [
-            estimate.throughput_bps(self._link_bps, self._workers)
-            if self._allowed(index)
-            else 0.0
-            for index, estimate in enumerate(self._estimates)
+            self._throughput_bps(candidate) if self._allowed(index) else 0.0
+            for index, candidate in enumerate(self._candidates)
         ]
 
+    def _throughput_bps(self, candidate: _Candidate) -> float:
+        """Raw bytes per second through encoders and link, as far as the link is known."""
+        encoders_bps = self._encoders_bps(candidate)
+        if self._link_bps is None:
+            return encoders_bps
+        return min(encoders_bps, self._link_bps / self._ratio(candidate))
+
+    def _encoders_bps(self, candidate: _Candidate) -> float:
+        if candidate.setting == NONE:
+            return candidate.speed_bps * self._workers
+        return candidate.speed_bps * self._content.pace * self._workers
+
+    def _ratio(self, candidate: _Candidate) -> float:
+        return max(_BEST_RATIO, 1 - candidate.strength * self._content.yields)
+
     def _allowed(self, index: int) -> bool:
-        limit = self._estimates[index].max_link_bps
+        limit = self._candidates[index].max_link_bps
         if limit is None:
             return True
         # Half as much again before a codec in use is dropped, so that the border is no swing.
@@ -297,19 +371,19 @@ class CodecChoice:
             return limit > SLOW_LINK_BPS
         return self._link_bps < border
 
-    def _neighbour(self) -> CodecSetting:
+    def _neighbour(self) -> CodecSetting | None:
         """Alternate between the next stronger and the next cheaper candidate."""
         self._probe_upwards = not self._probe_upwards
         step = 1 if self._probe_upwards else -1
         for index in (self._current + step, self._current - step):
-            in_range = 0 <= index < len(self._estimates)
+            in_range = 0 <= index < len(self._candidates)
             # 'none' has nothing to find out: its ratio is 1 and its speed no limit.
-            if in_range and self._allowed(index) and self._estimates[index].setting != NONE:
-                return self._estimates[index].setting
-        return self.current
+            if in_range and self._allowed(index) and self._candidates[index].setting != NONE:
+                return self._candidates[index].setting
+        return None
 
     def _index(self, setting: CodecSetting) -> int:
-        for index, estimate in enumerate(self._estimates):
-            if estimate.setting == setting:
+        for index, candidate in enumerate(self._candidates):
+            if candidate.setting == setting:
                 return index
         raise KeyError(f"{setting} is not a candidate")

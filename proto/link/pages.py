@@ -4,22 +4,24 @@ The message header holds the counts and page numbers as packed little-endian arr
 nothing but the literal pages' bytes. No Python loop runs over pages. References read the page
 cache as it was *before* the batch's own slot writes.
 
-    offset      size       type  field
-         0      2          u16   block: index into RAM_BLOCKS
-         2      1          u8    codec of the payload (1 raw, 2 lz4, 3 zstd)
-         3      1          u8    0
-         4      2          u16   z: zero runs
-         6      2          u16   r: referenced pages
-         8      2          u16   delta pages, 0 in version 1
-        10      2          u16   l: literal pages
-        12      4          u32   pages of class 'same' (an account, nothing to load)
-        16      4          u32   raw length of the literals: l * 4096
-        20      4          u32   encoded length: the frame's payload length
-        24      8z         u32   zero runs: first page, count
-    24+8z       4r         u32   referenced pages
-    24+8z+4r    4r         u32   the cache slots they are read from
-    24+8z+8r    4l         u32   literal pages
-    24+8z+8r+4l 4l         u32   the cache slots they go to, ffffffff = none
+    offset  size  type   field
+         0     2  u16    block: index into RAM_BLOCKS
+         2     1  u8     codec of the payload (1 raw, 2 lz4, 3 zstd)
+         3     1  u8     0
+         4     2  u16    z: zero runs
+         6     2  u16    r: referenced pages
+         8     2  u16    delta pages, 0 in version 1
+        10     2  u16    l: literal pages
+        12     2  u16    p: runs of literal pages, 0 = listed one by one
+        14     2  u16    s: runs of their slots, 0 = listed one by one
+        16     4  u32    pages of class 'same' (an account, nothing to load)
+        20     4  u32    raw length of the literals: l * 4096
+        24     4  u32    encoded length: the frame's payload length
+        28    8z  u32    zero runs: first page, count
+              4r  u32    referenced pages
+              4r  u32    the cache slots they are read from
+      8p or 4l    u32    literal pages, as runs (first, count) or one by one
+      8s or 4l    u32    the cache slots they go to, ffffffff = none; a run of those stays there
 """
 
 import struct
@@ -43,7 +45,7 @@ from proto.limits import (
 )
 from proto.link.frames import Buffer, FrameType
 
-BATCH_HEADER: Final = struct.Struct("<HBBHHHHIII")
+BATCH_HEADER: Final = struct.Struct("<HBBHHHHHHIII")
 
 _U32: Final = np.dtype("<u4")
 _CODECS: Final = frozenset(CodecId)
@@ -137,6 +139,8 @@ def encode_pages(batch: PageBatch) -> tuple[bytes, tuple[Buffer, ...]]:
     wrong = _wrong_counts(batch, refs + literals, encoded_len)
     if wrong:
         raise LocalProtocolError(f"a batch cannot have {wrong}")
+    literal_pages, page_runs = _as_runs(batch.literal_pages)
+    literal_slots, slot_runs = _as_runs(batch.literal_slots)
     fixed = BATCH_HEADER.pack(
         batch.block,
         batch.codec_id,
@@ -145,6 +149,8 @@ def encode_pages(batch: PageBatch) -> tuple[bytes, tuple[Buffer, ...]]:
         refs,
         0,
         literals,
+        page_runs,
+        slot_runs,
         batch.same_count,
         literals * PAGE_SIZE,
         encoded_len,
@@ -153,7 +159,7 @@ def encode_pages(batch: PageBatch) -> tuple[bytes, tuple[Buffer, ...]]:
     if refs:
         arrays += [batch.ref_pages, batch.ref_slots]
     if literals:
-        arrays += [batch.literal_pages, batch.literal_slots]
+        arrays += [literal_pages, literal_slots]
     header = b"".join([fixed, *[part.astype(_U32, copy=False).tobytes() for part in arrays]])
     return header, buffers
 
@@ -178,14 +184,16 @@ def decode_pages(
             where, f"{BATCH_HEADER.size} bytes of batch header", str(len(header))
         )
     fields = BATCH_HEADER.unpack_from(header)
-    block, codec_id, reserved, n_runs, refs, deltas, literals, same, raw_len, enc_len = fields
+    block, codec_id, reserved, n_runs, refs, deltas, literals = fields[:7]
+    page_runs, slot_runs, same, raw_len, enc_len = fields[7:]
     if reserved or deltas:
         raise MessageError(where, "no delta pages and a zero byte", f"{deltas}, {reserved}")
     if block >= len(shape.block_pages):
         raise MessageError(where, f"a block below {len(shape.block_pages)}", str(block))
     if n_runs > MAX_ZERO_RUNS:
         raise MessageError(where, f"at most {MAX_ZERO_RUNS} zero runs", str(n_runs))
-    length = BATCH_HEADER.size + 8 * (n_runs + refs + literals)
+    page_words, slot_words = 2 * page_runs or literals, 2 * slot_runs or literals
+    length = BATCH_HEADER.size + 8 * (n_runs + refs) + 4 * (page_words + slot_words)
     if len(header) != length:
         raise MessageError(where, f"a message header of {length} bytes", str(len(header)))
     if raw_len != literals * PAGE_SIZE or enc_len != len(payload):
@@ -200,8 +208,8 @@ def decode_pages(
         same_count=same,
         ref_pages=words[at_refs : at_refs + refs],
         ref_slots=words[at_refs + refs : at_literals],
-        literal_pages=words[at_literals : at_literals + literals],
-        literal_slots=words[at_literals + literals :],
+        literal_pages=_listed(where, words[at_literals:][:page_words], page_runs, literals),
+        literal_slots=_listed(where, words[at_literals + page_words :], slot_runs, literals),
         codec_id=codec_id,
         encoded=payload,
     )
@@ -219,12 +227,14 @@ def bytes_by_class(batch: PageBatch) -> dict[str, int]:
     Returns:
         Bytes under zero, same, ref, delta, literal and control; they sum to the frame's length.
     """
+    arrays = (batch.literal_pages, batch.literal_slots)
+    literal_words = sum(len(_as_runs(numbers)[0]) for numbers in arrays)
     return {
         "zero": 4 * zero_runs(batch.zero_pages).size,
         "same": 0,
         "ref": 8 * len(batch.ref_pages),
         "delta": 0,
-        "literal": 8 * len(batch.literal_pages) + batch.encoded_len,
+        "literal": 4 * literal_words + batch.encoded_len,
         "control": FRAME_HEADER_BYTES + BATCH_HEADER.size,
     }
 
@@ -252,6 +262,41 @@ def split_zero_pages(pages: Pages) -> list[Pages]:
         pieces.append(head)
         pages = pages[len(head) :]
     return pieces
+
+
+def _as_runs(numbers: Pages) -> tuple[Pages, int]:
+    """Pack page or slot numbers as runs where that is shorter: the words, and how many runs.
+
+    Numbers that go up by one form a run, and so does ``NOT_CACHED`` again and again.
+    """
+    if len(numbers) < 3:
+        return numbers, 0
+    steps = np.diff(numbers)  # unsigned: a step down is a large number, no run
+    none = (numbers[1:] == NOT_CACHED) | (numbers[:-1] == NOT_CACHED)
+    breaks = np.flatnonzero(np.where(none, steps != 0, steps != 1)) + 1
+    if 2 * (len(breaks) + 1) >= len(numbers):
+        return numbers, 0
+    starts = np.concatenate(([0], breaks))
+    runs = np.empty((len(starts), 2), _U32)
+    runs[:, 0] = numbers[starts]
+    runs[:, 1] = np.diff(starts, append=len(numbers))
+    return runs.reshape(-1), len(starts)
+
+
+def _listed(where: str, words: Pages, runs: int, count: int) -> Pages:
+    """Undo ``_as_runs`` after checking that exactly ``count`` numbers come of it."""
+    if not runs:
+        return words
+    firsts, lengths = words[0::2].astype(np.int64), words[1::2].astype(np.int64)
+    total = int(lengths.sum())
+    if total != count or not lengths.all():
+        raise MessageError(where, f"runs of {count} pages in all, none empty", str(total))
+    within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    within[np.repeat(firsts == NOT_CACHED, lengths)] = 0
+    numbers = np.repeat(firsts, lengths) + within
+    if numbers.max() > NOT_CACHED:
+        raise MessageError(where, "numbers of 32 bits", str(int(numbers.max())))
+    return numbers.astype(np.uint32)
 
 
 def _wrong_counts(batch: PageBatch, with_content: int, encoded_len: int) -> str:

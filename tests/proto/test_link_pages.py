@@ -44,8 +44,10 @@ def slow_encode(batch: PageBatch) -> bytes:
             runs[-1][1] += 1
         else:
             runs.append([page, 1])
+    pages = slow_runs(batch.literal_pages.tolist())
+    slots = slow_runs(batch.literal_slots.tolist())
     out = struct.pack(
-        "<HBBHHHHIII",
+        "<HBBHHHHHHIII",
         batch.block,
         batch.codec_id,
         0,
@@ -53,16 +55,31 @@ def slow_encode(batch: PageBatch) -> bytes:
         len(batch.ref_pages),
         0,
         len(batch.literal_pages),
+        len(pages),
+        len(slots),
         batch.same_count,
         4096 * len(batch.literal_pages),
         sum(len(part) for part in batch.encoded_buffers),
     )
     for first, count in runs:
         out += struct.pack("<II", first, count)
-    for array in (batch.ref_pages, batch.ref_slots, batch.literal_pages, batch.literal_slots):
-        for number in array.tolist():
-            out += struct.pack("<I", number)
+    literal = ((pages, batch.literal_pages), (slots, batch.literal_slots))
+    for packed, array in (([], batch.ref_pages), ([], batch.ref_slots), *literal):
+        for numbers in packed or [array.tolist()]:
+            out += struct.pack(f"<{len(numbers)}I", *numbers)
     return out
+
+
+def slow_runs(numbers: list[int]) -> list[list[int]]:
+    """Runs of consecutive numbers or of no slot; empty where a plain list is as short."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        none = number == NOT_CACHED
+        if runs and (runs[-1][0] == number if none else sum(runs[-1]) == number):
+            runs[-1][1] += 1
+        else:
+            runs.append([number, 1])
+    return runs if 2 * len(runs) < len(numbers) else []
 
 
 def slow_is_legal(batch: PageBatch, shape: tuple[int, ...], cache_slots: int) -> bool:
@@ -230,7 +247,7 @@ def test_several_buffers_in_a_row_make_one_payload() -> None:
 def field(header: bytes, **values: int) -> bytes:
     names = (
         *("block", "codec", "reserved", "zero", "ref"),
-        *("delta", "literal", "same", "raw_len", "enc_len"),
+        *("delta", "literal", "page_runs", "slot_runs", "same", "raw_len", "enc_len"),
     )
     fields = dict(zip(names, BATCH_HEADER.unpack_from(header), strict=True)) | values
     return BATCH_HEADER.pack(*fields.values()) + header[BATCH_HEADER.size :]
@@ -253,6 +270,9 @@ def field(header: bytes, **values: int) -> bytes:
         {"literal": 1},
         {"literal": 3},
         {"literal": 257},
+        {"page_runs": 1},
+        {"slot_runs": 1},
+        {"slot_runs": 65535},
         {"same": MAX_SAME_PAGES + 1},
         {"raw_len": 0},
         {"raw_len": 2 * PAGE_SIZE - 1},
@@ -294,7 +314,7 @@ def test_a_mutated_header_gives_a_legal_batch_or_a_message_error(data: st.DataOb
 
 
 def zero_header(*runs: tuple[int, int], block: int = 2) -> bytes:
-    fixed = BATCH_HEADER.pack(block, 1, 0, len(runs), 0, 0, 0, 0, 0, 0)
+    fixed = BATCH_HEADER.pack(block, 1, 0, len(runs), 0, 0, 0, 0, 0, 0, 0, 0)
     return fixed + b"".join(struct.pack("<II", *run) for run in runs)
 
 
@@ -318,6 +338,40 @@ def zero_header(*runs: tuple[int, int], block: int = 2) -> bytes:
 def test_zero_runs_must_be_few_apart_and_in_range(runs: list[tuple[int, int]]) -> None:
     with pytest.raises(MessageError):
         decode(zero_header(*runs))
+
+
+@pytest.mark.parametrize(
+    ("page_runs", "slot_runs", "legal"),
+    [
+        ([(4, 6)], [(0, 6)], True),
+        ([(4, 3), (7, 3)], [(NOT_CACHED, 6)], True),
+        ([(4, 6)], [(2, 1), (NOT_CACHED, 4), (1, 1)], True),
+        ([(4, 5)], [(0, 6)], False),
+        ([(4, 7)], [(0, 6)], False),
+        ([(4, 6), (10, 0)], [(0, 6)], False),
+        ([(4, 3), (6, 3)], [(0, 6)], False),
+        ([(509, 6)], [(0, 6)], False),
+        ([(4, 6)], [(CACHE_SLOTS - 5, 6)], False),
+        ([(4, 6)], [(0, 3), (2, 3)], False),
+        ([(4, 6)], [(NOT_CACHED - 2, 6)], False),
+        ([(0xFFFF_FFFD, 6)], [(0, 6)], False),
+        ([(4, 0xFFFF_FFFF), (4, 7)], [(0, 6)], False),
+    ],
+)
+def test_runs_of_literal_pages_and_slots_at_their_bounds(
+    page_runs: list[tuple[int, int]], slot_runs: list[tuple[int, int]], legal: bool
+) -> None:
+    payload = bytes(6 * PAGE_SIZE)
+    counts = (len(page_runs), len(slot_runs))
+    fixed = BATCH_HEADER.pack(0, 1, 0, 0, 0, 0, 6, *counts, 0, len(payload), len(payload))
+    header = fixed + b"".join(struct.pack("<II", *run) for run in [*page_runs, *slot_runs])
+    if legal:
+        got = decode(header, payload)
+        assert got.literal_pages.tolist() == list(range(4, 10))
+        assert len(got.literal_slots) == 6
+    else:
+        with pytest.raises(MessageError):
+            decode(header, payload)
 
 
 def test_zero_runs_may_touch_and_reach_the_end_of_the_block() -> None:
