@@ -85,6 +85,8 @@ class CodecSetting:
 
 NONE: Final = CodecSetting("none")
 LZ4: Final = CodecSetting("lz4")
+ZSTD_1: Final = CodecSetting("zstd", 1)
+"""Never a candidate; device state gets it, which is mostly zero bytes."""
 ZSTD_3: Final = CodecSetting("zstd", 3)
 ZSTD_6: Final = CodecSetting("zstd", 6)
 
