@@ -1,7 +1,7 @@
 """Codec 3: one zstd frame that states its content size; the only importer of zstandard."""
 
 import threading
-from typing import Final
+from typing import BinaryIO, Final
 
 import zstandard  # noqa: TID251 - the one place that may
 
@@ -10,6 +10,11 @@ from proto.limits import MAX_DATA_BYTES
 
 MIN_LEVEL: Final = 1
 MAX_LEVEL: Final = 19
+FILE_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+"""First bytes of a file that ``zstd`` packed."""
+
+MAX_FILE_WINDOW_BYTES: Final = 2**27
+"""Memory that unpacking a file may take; what ``zstd --long=27`` needs."""
 
 _TABLE_LOG: Final = {2: 15, 3: 16}
 """Levels of our own making: size of both hash tables of zstd's double-fast strategy, as log2.
@@ -83,6 +88,25 @@ class ZstdCodec:
         if len(raw) != len(out):
             raise CodecError("zstd frame", wanted, f"{len(raw)} bytes")
         out[:] = raw
+
+
+class ZstdReader:
+    """Unpacks a file of any length piece by piece."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_FILE_WINDOW_BYTES)
+        self._stream = unpacker.stream_reader(source, read_across_frames=True)
+
+    def readinto(self, out: memoryview) -> int:
+        """Fill some of ``out``; 0 at the end of the file, also where it was cut off.
+
+        Raises:
+            CodecError: The packed bytes are damaged.
+        """
+        try:
+            return self._stream.readinto(out)
+        except zstandard.ZstdError as exc:
+            raise CodecError("zstd file", "zstd frames", str(exc)[:120]) from exc
 
 
 def _new_compressor(level: int) -> zstandard.ZstdCompressor:

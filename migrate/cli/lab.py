@@ -1,0 +1,43 @@
+"""The command ``migrate-lab``: one subcommand for each thing to find out."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from migrate.errors import ParamsError
+from migrate.lab import inspect
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ParamsError.exit_code, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line; each subcommand sets ``run`` to what runs it."""
+    parser = _OneLineParser(
+        prog="migrate-lab",
+        description="Look into migrations and try them out.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    command = commands.add_parser(
+        "inspect",
+        help="print what a captured or live migration stream contains",
+        description=inspect.DESCRIPTION,
+        epilog=inspect.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    inspect.add_arguments(command)
+    command.set_defaults(run=inspect.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand; its result is the exit status."""
+    options = build_parser().parse_args(argv)
+    sys.exit(options.run(options))
