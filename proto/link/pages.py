@@ -82,6 +82,8 @@ class PageBatch:
         codec_id: How the literals are encoded, a ``CodecId``.
         encoded: The literals' bytes, in one buffer or several; a decoded batch has one
             ``memoryview`` of memory that is its own.
+        list_words: Words that the literals' pages and slots take in the header; known once
+            encoded or decoded.
     """
 
     frame_type: ClassVar[FrameType] = FrameType.PAGES
@@ -95,6 +97,7 @@ class PageBatch:
     literal_slots: Pages = field(default_factory=lambda: _EMPTY)
     codec_id: int = CodecId.RAW
     encoded: Buffer | tuple[Buffer, ...] = b""
+    list_words: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def raw_len(self) -> int:
@@ -141,6 +144,8 @@ def encode_pages(batch: PageBatch) -> tuple[bytes, tuple[Buffer, ...]]:
         raise LocalProtocolError(f"a batch cannot have {wrong}")
     literal_pages, page_runs = _as_runs(batch.literal_pages)
     literal_slots, slot_runs = _as_runs(batch.literal_slots)
+    # Kept for the byte account, which is asked for right after: packing is the costly part.
+    object.__setattr__(batch, "list_words", literal_pages.size + literal_slots.size)
     fixed = BATCH_HEADER.pack(
         batch.block,
         batch.codec_id,
@@ -212,6 +217,7 @@ def decode_pages(
         literal_slots=_listed(where, words[at_literals + page_words :], slot_runs, literals),
         codec_id=codec_id,
         encoded=payload,
+        list_words=page_words + slot_words,
     )
     wrong = _wrong_counts(batch, refs + literals, enc_len)
     if wrong:
@@ -227,14 +233,16 @@ def bytes_by_class(batch: PageBatch) -> dict[str, int]:
     Returns:
         Bytes under zero, same, ref, delta, literal and control; they sum to the frame's length.
     """
-    arrays = (batch.literal_pages, batch.literal_slots)
-    literal_words = sum(len(_as_runs(numbers)[0]) for numbers in arrays)
+    list_words = batch.list_words
+    if list_words is None:
+        arrays = (batch.literal_pages, batch.literal_slots)
+        list_words = sum(_as_runs(numbers)[0].size for numbers in arrays)
     return {
         "zero": 4 * zero_runs(batch.zero_pages).size,
         "same": 0,
         "ref": 8 * len(batch.ref_pages),
         "delta": 0,
-        "literal": 4 * literal_words + batch.encoded_len,
+        "literal": 4 * list_words + batch.encoded_len,
         "control": FRAME_HEADER_BYTES + BATCH_HEADER.size,
     }
 
