@@ -5,8 +5,6 @@
 It listens until a source introduces itself properly; strangers are turned away and change nothing.
 """
 
-import secrets
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,16 +24,19 @@ from migrate.errors import (
 from migrate.guests.base import DestinationGuest
 from migrate.guests.incoming_destination import open_incoming_destination
 from migrate.guests.qemu_destination import START_S, open_qemu_destination
+from migrate.guests.simulated_destination import open_simulated_destination
 from migrate.handover import DestinationHandover
-from migrate.hello import Agreement, answer_hello
+from migrate.hello import Agreement, answer_hello, reported_commit
 from migrate.inbound import Inbound
 from migrate.params import DestinationParams, LinkAddress
 from migrate.qemu.process import OwnedQemu
 from migrate.report.progress import ProgressState
 from migrate.report.report import Report
-from migrate.session import PROGRESS_S, Session, most_telling, private_dir, told_or_bug
-from migrate.state_file import ABORTED, StateFile, check_state_dir
-from migrate.transport.channels import listen
+from migrate.ring_guard import settle_verdict
+from migrate.rings import RingVerdict
+from migrate.session import PROGRESS_S, Session, most_telling, told_or_bug
+from migrate.state_file import ABORTED, StateFile
+from migrate.transport.channels import LinkSocket
 from migrate.transport.link import Link
 from proto.link import messages
 from proto.link.connection import LinkConnection
@@ -57,6 +58,7 @@ class DestinationRun:
     def __init__(self, params: DestinationParams, session: Session) -> None:
         self._params = params
         self._session = session
+        self._runtime = session.runtime
         self._opening = trio.CancelScope()
         self._opened = False
         self._scope = trio.CancelScope()
@@ -83,8 +85,9 @@ class DestinationRun:
         """Take a migration in; what can go wrong is returned with the report, not raised."""
         error: MigrationError | None = None
         try:
-            check_state_dir(self._params.state_dir)
-            with self._opening, private_dir(self._params.run_dir) as run_dir:
+            self._runtime.check_state_dir(self._params.state_dir)
+            run_parent = self._params.run_dir
+            with self._opening, self._runtime.private_dir(run_parent) as run_dir:
                 async with self._open_guest(run_dir) as guest:
                     self._opened = True
                     self._session.builder.report.destination = guest.form
@@ -116,6 +119,13 @@ class DestinationRun:
         if params.incoming is not None:
             async with open_incoming_destination(params.incoming) as waiting:
                 yield waiting
+        elif params.simulate:
+            async with open_simulated_destination(
+                self._runtime, run_for_s=params.run_for_s
+            ) as simulated:
+                yield simulated
+                report = self._session.builder.report
+                report.guest_clock_jump_ms = simulated.clock_jump_ms
         elif params.qmp is not None:
             async with open_qemu_destination(params.qmp, run_dir) as attached:
                 yield attached
@@ -130,8 +140,8 @@ class DestinationRun:
         argv = self._params.qemu_argv
         assert argv is not None
         # Its supervisor must know the state file before the source names the migration.
-        self._state_file = StateFile(
-            self._params.state_dir, "destination", secrets.token_bytes(16)
+        self._state_file = self._runtime.state_file(
+            self._params.state_dir, "destination", self._runtime.random_bytes(16)
         )
         self._session.enter("starting QEMU")
         qemu_dir = run_dir / "qemu"
@@ -243,7 +253,7 @@ class DestinationRun:
             nursery.start_soon(self._listen, to_us)
             link, hello = await sources.receive()
             self._link = link
-            session.builder.setup_done(time.monotonic_ns())
+            session.builder.setup_done(self._runtime.now_ns())
             nursery.start_soon(link.keep_alive)  # the comparison may take its time
             agreement = self._agreement = await answer_hello(
                 link, hello, guest, cache_max_bytes=self._params.cache_max_bytes
@@ -251,13 +261,13 @@ class DestinationRun:
             for warning in (*agreement.warnings, *agreement.not_checked):
                 session.warn(warning)
             session.builder.report.not_checked += agreement.not_checked
-            session.builder.report.commit = agreement.kind.value
+            session.builder.report.commit = reported_commit(agreement.kind, guest.form)
             await self._carry(guest, link, agreement)
             nursery.cancel_scope.cancel()
 
     async def _carry(self, guest: DestinationGuest, link: Link, agreement: Agreement) -> None:
         if self._state_file is None:
-            self._state_file = StateFile(
+            self._state_file = self._runtime.state_file(
                 self._params.state_dir, "destination", agreement.migration_id
             )
         to_control, control = trio.open_memory_channel[Message](64)
@@ -267,6 +277,7 @@ class DestinationRun:
             seed=agreement.seed,
             slot_count=agreement.slot_count,
             ledger=self._session.ledger,
+            runtime=self._runtime,
         )
         handover = self._handover = DestinationHandover(
             guest=guest,
@@ -275,11 +286,14 @@ class DestinationRun:
             inbound=inbound,
             kind=agreement.kind,
             state_file=self._state_file,
+            runtime=self._runtime,
+            settle_rings=self._settle_rings,
         )
         self._session.enter("precopy")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._receive, link, to_control)
-            nursery.start_soon(self._show_progress)
+            if self._session.watched:
+                nursery.start_soon(self._show_progress)
             nursery.start_soon(guest.watch)
             await inbound.wait_flowing()
             await guest.receive()
@@ -307,6 +321,10 @@ class DestinationRun:
                 f"the guest's QEMU is process {qemu.pid}, its monitor is {qemu.qmp_path}, "
                 f"its log {qemu.log_path}"
             )
+
+    def _settle_rings(self, verdict: RingVerdict) -> None:
+        allow = self._params.allow_inconsistent_rings
+        settle_verdict(verdict, allow_inconsistent=allow, warn=self._session.warn)
 
     async def _receive(self, link: Link, control: trio.MemorySendChannel[Message]) -> None:
         """Read the link as long as the migration lasts; never wait for the guest here."""
@@ -352,7 +370,7 @@ class DestinationRun:
 
     async def _listen(self, source: trio.MemorySendChannel[tuple[Link, Hello]]) -> None:
         """Accept connections; the first that says HELLO is the source, later ones hear "busy"."""
-        listener = await listen(self._params.listen, "migrate-src")
+        listener = await self._runtime.listen(self._params.listen, "migrate-src")
         try:
             self._session.enter("waiting for migrate-src")
             host, port = listener.getsockname()[:2]
@@ -368,7 +386,7 @@ class DestinationRun:
 
     async def _meet(
         self,
-        sock: trio.socket.SocketType,
+        sock: LinkSocket,
         host: str,
         limiter: trio.CapacityLimiter,
         source: trio.MemorySendChannel[tuple[Link, Hello]],

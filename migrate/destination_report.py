@@ -1,11 +1,10 @@
 """Destination: what happened becomes the report."""
 
-import time
-
 from migrate.errors import GuestOn, MigrationError
 from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
-from migrate.report.report import Integrity, Report
+from migrate.report.report import DeviceReport, Integrity, Report
+from migrate.ring_guard import arrived_reports
 from migrate.session import Session
 from migrate.transport.link import Link
 from proto.link.messages import CommitKind
@@ -30,11 +29,12 @@ def destination_report(
         session.ledger.add_bytes("control", max(0, received - session.ledger.wire_bytes))
         report.wire_bytes_back = link.sent_bytes
     session.builder.take_ledger(session.ledger)
-    now_ns = time.monotonic_ns()
+    now_ns = session.runtime.now_ns()
     if error is not None:
         run_state = handover.run_state if handover else None
         return session.builder.failed(now_ns, error, run_state)
     assert handover is not None
+    report.devices = _devices(handover)
     relayed = handover.kind is CommitKind.RELAYED
     guest_on = GuestOn.HANDED_OVER if relayed else GuestOn.DESTINATION
     return session.builder.completed(now_ns, guest_on, handover.run_state)
@@ -51,3 +51,11 @@ def _integrity(inbound: Inbound) -> Integrity:
         destination_digest=mine.hex(),
         equal=(mine, inbound.opaque_digest) == (end.ram_digest, end.opaque_digest),
     )
+
+
+def _devices(handover: DestinationHandover) -> list[DeviceReport]:
+    if handover.rings is not None:
+        return handover.rings.reports()
+    state = handover.inbound.state
+    checked = state.end is not None and state.end.rings_checked
+    return arrived_reports(handover.guest, state.device_state, checked_by_source=checked)

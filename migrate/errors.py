@@ -1,6 +1,10 @@
 """Errors of the engine: one class per reaction, with exit code and what it knows of the guest."""
 
 import enum
+from collections.abc import Sequence
+
+MOST_PROBLEMS = 4
+"""Problems of one kind that a message names; a reader needs one, the report has all."""
 
 
 class GuestOn(enum.Enum):
@@ -133,6 +137,26 @@ class GuestStoppedError(GuestError):
     code = "guest-stopped"
 
 
+class RingsInconsistentError(GuestError):
+    """A virtio ring in guest memory contradicts its device's state; nothing was handed over.
+
+    Attributes:
+        problems: A line per queue: device, queue, values, page.
+    """
+
+    exit_code = 27
+    code = "rings-inconsistent"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(
+            "virtio rings contradict their devices, which would lose requests or kill the device: "
+            + "; ".join(problems[:MOST_PROBLEMS])
+            + (f"; and {len(problems) - MOST_PROBLEMS} more" * (len(problems) > MOST_PROBLEMS))
+            + " (--allow-inconsistent-rings hands over all the same)"
+        )
+        self.problems = tuple(problems)
+
+
 class MigrationCancelledError(MigrationError):
     """The user, or a signal, cancelled the migration."""
 
@@ -145,6 +169,34 @@ class DeadlineExceededError(MigrationError):
 
     exit_code = 31
     code = "deadline"
+
+
+class NotConvergedError(MigrationError):
+    """Pre-copy gets nowhere: the guest dirties memory faster than the link carries it.
+
+    Attributes:
+        rounds: Rounds that were tried.
+        dirty_bps: Bytes of memory per second that the guest dirtied lately.
+        bandwidth_bps: Bytes of memory per second that the link carried.
+        enough_limit_ms: A downtime limit that would have been enough.
+    """
+
+    exit_code = 32
+    code = "not-converged"
+
+    def __init__(
+        self, rounds: int, dirty_bps: float, bandwidth_bps: float, *, enough_limit_ms: int
+    ) -> None:
+        super().__init__(
+            f"the migration does not converge: after {rounds} rounds the guest dirties "
+            f"{dirty_bps / 1e6:.0f} MB/s of memory and the link takes {bandwidth_bps / 1e6:.0f} "
+            f"MB/s, so what remains does not become less; --downtime-limit {enough_limit_ms}ms "
+            "would do, or a faster link, or a guest that writes less"
+        )
+        self.rounds = rounds
+        self.dirty_bps = dirty_bps
+        self.bandwidth_bps = bandwidth_bps
+        self.enough_limit_ms = enough_limit_ms
 
 
 class IntegrityError(MigrationError):

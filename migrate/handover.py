@@ -29,7 +29,6 @@ it the source never resumes unless the destination says that its copy is dead.
 """
 
 import contextlib
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -50,6 +49,9 @@ from migrate.errors import (
 from migrate.guests.base import DestinationGuest, SourceGuest
 from migrate.inbound import Inbound
 from migrate.outbound import Outbound
+from migrate.ring_guard import check_loaded
+from migrate.rings import RingVerdict
+from migrate.runtime import Runtime
 from migrate.state_file import ABORTED, COMMIT_SENT, COMMITTED, RUNNING, StateFile
 from migrate.transport.link import Link
 from proto.limits import MAX_DIGEST_RANGES
@@ -97,6 +99,7 @@ class SourceHandover:
     outbound: Outbound
     kind: CommitKind
     state_file: StateFile
+    runtime: Runtime
     hold: Callable[[], Awaitable[None]] | None = None
     times: Timeline = field(default_factory=Timeline)
     commit_sent: bool = False
@@ -119,7 +122,7 @@ class SourceHandover:
             if self.kind is CommitKind.HELD:
                 # loaded and paused there; dies: the source resumes
                 await self._expect(messages.Ready)
-                self.times.ready_ns = time.monotonic_ns()
+                self.times.ready_ns = self.runtime.now_ns()
         if waiting.cancelled_caught:
             raise DeadlineExceededError(
                 f"{self.link.peer} did not verify and load the guest within {VERIFY_S:.0f} s"
@@ -128,7 +131,7 @@ class SourceHandover:
             await self._relayed()
             return
         await self.guest.let_go()  # nobody runs; dies: ``cont`` at the source
-        self.times.let_go_ns = time.monotonic_ns()
+        self.times.let_go_ns = self.runtime.now_ns()
         await self.link.try_send(messages.SourceDone())
         if self.hold is not None:
             await self.hold()  # nobody runs; dies: ``cont`` at the source
@@ -137,7 +140,7 @@ class SourceHandover:
     async def _verified(self) -> None:
         answer: messages.Verified | messages.Mismatch
         answer = await self._expect(messages.Verified, messages.Mismatch)
-        self.times.verified_ns = time.monotonic_ns()
+        self.times.verified_ns = self.runtime.now_ns()
         self.destination_digest = answer.ram_digest
         self.equal = isinstance(answer, messages.Verified)
         if isinstance(answer, messages.Mismatch):
@@ -208,7 +211,7 @@ class SourceHandover:
                 raise
             except PeerLostError as error:
                 raise SwitchoverUnknownError(self._unknown(str(error))) from error
-            self.times.running_ns = time.monotonic_ns()
+            self.times.running_ns = self.runtime.now_ns()
             self.state_file.write(RUNNING, peer=self.link.peer, guest=self.guest.name)
             return
         raise SwitchoverUnknownError(self._unknown(f"no answer within {RUNNING_S:.0f} s"))
@@ -259,6 +262,8 @@ class DestinationHandover:
         run_state: The guest's run state once it is complete here.
         arrived: The guest is complete here, and nothing that follows can change that.
         load_ns: Time to load device state and end.
+        settle_rings: Raises or warns for a verdict on the loaded guest's rings.
+        rings: That verdict, None if the source made the check.
     """
 
     guest: DestinationGuest
@@ -267,12 +272,15 @@ class DestinationHandover:
     inbound: Inbound
     kind: CommitKind
     state_file: StateFile
+    runtime: Runtime
+    settle_rings: Callable[[RingVerdict], None]
     times: Timeline = field(default_factory=Timeline)
     committed: bool = False
     given_back: bool = False
     run_state: str | None = None
     arrived: bool = False
     load_ns: int = 0
+    rings: RingVerdict | None = None
 
     async def hand_over(self) -> None:
         """Take the guest over; returns when it is here as it was at the source.
@@ -284,11 +292,11 @@ class DestinationHandover:
         state = self.inbound.state
         assert state.end is not None
         digest = await self._verify(state.end)
-        started_ns = time.monotonic_ns()
+        started_ns = self.runtime.now_ns()
         if self.kind is not CommitKind.HELD:
             await self.guest.load_devices(state.device_state)
         await self.link.send(messages.Verified(digest, state.end.page_count))
-        self.times.verified_ns = time.monotonic_ns()
+        self.times.verified_ns = self.runtime.now_ns()
         if self.kind is CommitKind.RELAYED:
             await self.guest.load_end()
             self.run_state = state.end.run_state
@@ -297,11 +305,21 @@ class DestinationHandover:
         if self.kind is CommitKind.HELD:
             await self.guest.load_devices(state.device_state)
             await self.guest.load_end()  # loaded and paused; the source may still resume
-            self.load_ns = time.monotonic_ns() - started_ns
+            await self._check_rings(state.end)
+            self.load_ns = self.runtime.now_ns() - started_ns
             await self.link.send(messages.Ready())
-            self.times.ready_ns = time.monotonic_ns()
+            self.times.ready_ns = self.runtime.now_ns()
         await self._expect_commit()
         await self._take_over(state.end.run_state or "running")
+
+    async def _check_rings(self, end: messages.EndOfState) -> None:
+        """Check the rings of the loaded guest, if the source could not."""
+        if end.rings_checked:
+            return
+        state = self.inbound.state
+        self.rings = await check_loaded(self.guest, state.blocks, state.device_state)
+        if self.rings is not None:
+            self.settle_rings(self.rings)
 
     async def _verify(self, end: messages.EndOfState) -> bytes:
         """Compare digests and return RAM's; on a mismatch help to find the page, then refuse."""
@@ -344,7 +362,7 @@ class DestinationHandover:
     async def _take_over(self, run_state: str) -> None:
         """COMMITTED, then run. From the record on the guest is ours, whatever the link does."""
         with trio.CancelScope(shield=True):
-            started_ns = time.monotonic_ns()
+            started_ns = self.runtime.now_ns()
             self.state_file.write(COMMITTED, peer=self.link.peer, guest=self.guest.name)
             self.committed = True
             failure: MigrationError | None = None
@@ -358,7 +376,7 @@ class DestinationHandover:
             if failure is not None:
                 await self._give_back(failure)
                 raise failure
-            self.times.running_ns = time.monotonic_ns()
+            self.times.running_ns = self.runtime.now_ns()
             resume_ns = self.times.running_ns - started_ns
             await self.link.try_send(messages.Running(run_state, self.load_ns, resume_ns))
 

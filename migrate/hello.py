@@ -1,6 +1,5 @@
 """The introduction: HELLO, comparison of both machines, WELCOME or REFUSED."""
 
-import secrets
 from dataclasses import dataclass
 
 import trio
@@ -14,8 +13,12 @@ from migrate.errors import (
     PeerRefusedError,
 )
 from migrate.guests.base import DestinationGuest, Facts, SourceGuest
+from migrate.guests.simulated_destination import SimulatedDestination
+from migrate.guests.simulated_facts import compare_simulated, is_simulated
 from migrate.qemu.machine_facts import MachineFacts
 from migrate.qemu.preflight import Difference, Severity, compare
+from migrate.report.report import Commit
+from migrate.runtime import Runtime
 from migrate.transport.link import Link
 from proto.errors import MessageError
 from proto.guest_events import PAGE_SIZE
@@ -54,7 +57,13 @@ class Agreement:
 
 
 async def introduce(
-    link: Link, guest: SourceGuest, facts: Facts, *, cache_bytes: int, relay: bool
+    link: Link,
+    guest: SourceGuest,
+    facts: Facts,
+    runtime: Runtime,
+    *,
+    cache_bytes: int,
+    relay: bool,
 ) -> Agreement:
     """Source: say what we are and want, hear what the destination makes of it.
 
@@ -64,9 +73,9 @@ async def introduce(
         PeerLostError: The link broke, or no answer came.
     """
     hello = Hello(
-        migration_id=secrets.token_bytes(16),
+        migration_id=runtime.random_bytes(16),
         token=b"",
-        digest_seed=secrets.randbits(64),
+        digest_seed=int.from_bytes(runtime.random_bytes(8), "little"),
         cache_slots=cache_bytes // PAGE_SIZE,
         facts=facts.machine,
         facts_missing=facts.missing,
@@ -130,6 +139,8 @@ async def answer_hello(
                 + "; ".join(errors)
                 + ". The guest stays where it is"
             )
+        if isinstance(guest, SimulatedDestination) and hello.facts is not None:
+            await guest.prepare(hello.facts)
     except MigrationError as error:
         with trio.move_on_after(FAREWELL_S, shield=True):
             await link.try_send(messages.Refused(error.code, clip_text(str(error))))
@@ -173,12 +184,19 @@ def commit_kind(*, relay: bool, commanded: bool, return_path: bool) -> CommitKin
     return CommitKind.HELD if commanded and return_path else CommitKind.WITHHELD
 
 
+def reported_commit(kind: CommitKind, form: str) -> Commit:
+    """What the report calls the handover: no QEMU takes part in that of a simulated guest."""
+    return "simulated" if form == "simulate" else kind.value
+
+
 def compare_machines(hello: Hello, destination: Facts) -> list[Difference]:
     """Compare both machines; nothing where one side cannot be asked.
 
     Raises:
         PeerProtocolError: The peer's facts are none.
     """
+    if is_simulated(hello.facts) or is_simulated(destination.machine):
+        return list(compare_simulated(hello.facts, destination.machine))
     if hello.facts is None or destination.machine is None:
         return []
     try:

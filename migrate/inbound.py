@@ -6,6 +6,7 @@ The link is always read, so that keep-alives never wait behind a busy QEMU; the 
 bounds what piles up here, and a source that ignores it is cut off.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import trio
@@ -16,8 +17,9 @@ from migrate.errors import PeerProtocolError
 from migrate.guests.base import DestinationGuest
 from migrate.pages.apply import PageApplier
 from migrate.report.ledger import Ledger
+from migrate.runtime import Costs, Runtime, Step
 from migrate.transport.link import Link
-from proto.codecs import decode
+from proto.codecs import CodecId, decode
 from proto.errors import CodecError
 from proto.guest_events import (
     GuestEvent,
@@ -27,6 +29,7 @@ from proto.guest_events import (
     Switchover,
 )
 from proto.link import messages
+from proto.link.connection import raw_bytes
 from proto.link.messages import Message
 from proto.link.pages import PageBatch, bytes_by_class
 from proto.qemu.format import MAX_DEVICE_STATE_BYTES, MAX_RAM_BYTES
@@ -43,6 +46,8 @@ MAX_BURST_BYTES = 4 << 20
 ACK_PAUSE_S = 0.005
 """Acknowledgements are at least this far apart: little beside a window of 40 ms, and a fast link
 would otherwise carry one for every batch in each of its two meanings."""
+
+CODEC_NAMES: Mapping[int, str] = {CodecId.RAW: "none", CodecId.LZ4: "lz4", CodecId.ZSTD: "zstd"}
 
 MARK_BYTES = 1 << 20
 """The guest is asked what it has loaded about once per batch of this size."""
@@ -100,8 +105,10 @@ class Inbound:
         seed: int,
         slot_count: int,
         ledger: Ledger,
+        runtime: Runtime,
     ) -> None:
         self._guest = guest
+        self._runtime = runtime
         self._link = link
         self._seed = seed
         self._slot_count = slot_count
@@ -109,7 +116,6 @@ class Inbound:
         self._queue: Backlog[tuple[int, Message]] = Backlog(MAX_QUEUED_BYTES)
         self._device_state: list[bytes] = []
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
-        self._decoding = trio.CapacityLimiter(1)
         self._unmarked_bytes = self._device_state_bytes = 0
         self._answers = trio.Event()
         self._flowing = trio.Event()
@@ -165,8 +171,8 @@ class Inbound:
         async with out:
             while self.state.end is None:
                 burst = await self._queue.get_burst(MAX_BURST_BYTES)
-                decoded = await trio.to_thread.run_sync(
-                    self._decode_burst, burst, limiter=self._decoding
+                decoded, _ = await self._runtime.work(
+                    Step.DECODE, _decode_costs(burst), self._decode_burst, burst
                 )
                 await out.send(decoded)
 
@@ -302,6 +308,15 @@ class Inbound:
             await self._link.send(messages.Ack(received, self._consumed_seq))
             if not self._all_consumed:
                 await trio.sleep(ACK_PAUSE_S)
+
+
+def _decode_costs(burst: list[tuple[int, Message]]) -> Costs:
+    """What decoding a burst is made of."""
+    return [
+        (CODEC_NAMES.get(message.codec_id, ""), raw_bytes(message))
+        for _, message in burst
+        if isinstance(message, PageBatch | messages.OpaqueData | messages.DeviceStateData)
+    ]
 
 
 def _held_bytes(message: Message) -> int:

@@ -7,8 +7,6 @@ before it is encoded, and only encoding runs out of order. What waits between th
 link is bounded: tightly while the guest runs, by ``STOPPED_BACKLOG_BYTES`` once it is stopped.
 """
 
-import os
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +18,8 @@ from migrate.errors import GuestError
 from migrate.guests.base import SourceGuest
 from migrate.pages.classify import ClassifiedPages, Classifier
 from migrate.params import Compress
+from migrate.ring_guard import SourceRingGuard
+from migrate.runtime import Costs, Runtime, Step
 from migrate.sending import STOPPED_BACKLOG_BYTES, Outgoing, Sender
 from proto.codecs import CodecId, make_codec
 from proto.guest_events import (
@@ -41,10 +41,6 @@ from proto.link.messages import Message
 from proto.link.pages import PageBatch, split_zero_pages
 from proto.qemu.stream_reader import POSTCOPY_REASON
 
-ENCODE_THREADS = 2
-"""Encoders at work at a time. The choice of a codec reckons with half of the host's processors at
-most: the QEMU that is migrated from needs the others."""
-
 OPAQUE_PIECE_BYTES = 1 << 20
 """Device state and opaque bytes travel in pieces of this size."""
 
@@ -53,6 +49,9 @@ MIN_BURST_BYTES = 1 << 20
 MAX_BURST_BYTES = 4 << 20
 """How much is read from the guest at a time: 10 ms of the present rate, within these bounds. A
 large burst saves thread hops on a fast link, and on a slow one it would be downtime."""
+
+STATE_CODEC = CodecSetting("zstd", 1)
+"""Codec of device state and opaque bytes."""
 
 POSTCOPY_ADVISE = bytes.fromhex("08 0003 0010")
 """How QEMU announces at the start of a stream that it may switch to postcopy."""
@@ -100,16 +99,18 @@ class Outbound:
         seed: int,
         slot_count: int,
         compress: Compress,
+        runtime: Runtime,
+        rings: SourceRingGuard,
     ) -> None:
         self._guest = guest
+        self._runtime = runtime
         self._seed = seed
         self._slot_count = slot_count
         self._compress = compress
-        self._encoders = trio.CapacityLimiter(ENCODE_THREADS)
-        self._classifying = trio.CapacityLimiter(1)
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
-        self._choice = CodecChoice(max(1, (os.cpu_count() or 2) // 2))
+        self._choice = CodecChoice(max(1, runtime.processors // 2))
         self.sender = sender
+        self.rings = rings
         self.state = OutboundState()
 
     async def run(self, pending: list[GuestEvent]) -> None:
@@ -137,7 +138,7 @@ class Outbound:
         async with out:
             while True:
                 if any(isinstance(event, Switchover) for event in events):
-                    self.state.switchover_at_ns = time.monotonic_ns()
+                    self.state.switchover_at_ns = self._runtime.now_ns()
                     self.sender.backlog.raise_limit(STOPPED_BACKLOG_BYTES)
                 if events:
                     await out.send(events)
@@ -157,8 +158,8 @@ class Outbound:
     ) -> None:
         async with read:
             async for events in read:
-                classified = await trio.to_thread.run_sync(
-                    self._classify, events, limiter=self._classifying
+                classified, _ = await self._runtime.work(
+                    Step.CLASSIFY, _classify_costs(events), self._classify, events
                 )
                 for item in classified:
                     if isinstance(item, ClassifiedPages):
@@ -179,9 +180,11 @@ class Outbound:
                 self.state.classifier = Classifier(
                     event.blocks, seed=self._seed, slot_count=self._slot_count
                 )
+                self.rings.blocks(event.blocks)
             classifier = self.state.classifier
             if isinstance(event, PageRun | ZeroRun):
                 assert classifier is not None, "a guest announces its blocks before its pages"
+                self.rings.see(event)
                 classified.append(
                     classifier.classify_zeros(event)
                     if isinstance(event, ZeroRun)
@@ -250,9 +253,8 @@ class Outbound:
     ) -> tuple[bytes | None, int]:
         if codec == NONE:
             return None, 0
-        return await trio.to_thread.run_sync(
-            _encode_literals, pages, codec, limiter=self._encoders
-        )
+        costs = ((str(codec), pages.literals.nbytes),)
+        return await self._runtime.work(Step.ENCODE, costs, _encode_literals, pages, codec)
 
     def _make_ready(
         self, item: Outgoing, pages: ClassifiedPages, codec: CodecSetting, encoded: bytes | None
@@ -293,6 +295,7 @@ class Outbound:
                 await self._put_device_state(data)
             case End(run_state):
                 self.state.run_state = run_state
+                await self.rings.settle()
                 await self._put(self._end_of_state(run_state))
 
     async def _put(self, message: Message, raw_bytes: int = 0) -> None:
@@ -322,6 +325,7 @@ class Outbound:
 
     async def _put_device_state(self, data: bytes) -> None:
         self._opaque_hash.update(data)
+        self.rings.take_device_state(data)
         for start in range(0, len(data), OPAQUE_PIECE_BYTES):
             piece = data[start : start + OPAQUE_PIECE_BYTES]
             encoded, codec_id = await self._encode_bytes(piece)
@@ -331,8 +335,9 @@ class Outbound:
         """Device state is mostly zero bytes: always compress, unless the user said none."""
         if self._compress.mode == "none" or len(data) < 256:
             return data, CodecId.RAW
-        codec = make_codec(CodecId.ZSTD, 1)
-        encoded = await trio.to_thread.run_sync(codec.encode, data, limiter=self._encoders)
+        codec = make_codec(CodecId.ZSTD, STATE_CODEC.level)
+        costs = ((str(STATE_CODEC), len(data)),)
+        encoded, _ = await self._runtime.work(Step.ENCODE, costs, codec.encode, data)
         return (data, CodecId.RAW) if encoded is None else (encoded, CodecId.ZSTD)
 
     def _end_of_state(self, run_state: str | None) -> messages.EndOfState:
@@ -342,6 +347,7 @@ class Outbound:
             ram_digest=classifier.table.digest() if classifier else bytes(16),
             opaque_digest=self._opaque_hash.digest(),
             page_count=classifier.table.page_count if classifier else 0,
+            rings_checked=self.rings.all_checked,
         )
 
 
@@ -359,17 +365,16 @@ def _split(pages: ClassifiedPages) -> list[ClassifiedPages]:
     return [part for part in parts if part.page_count]
 
 
+def _classify_costs(events: list[GuestEvent]) -> Costs:
+    """What classifying a burst is made of."""
+    return [("", event.data.nbytes) for event in events if isinstance(event, PageRun)]
+
+
 def _length(encoded: bytes | None, raw_bytes: int) -> int:
     return raw_bytes if encoded is None else len(encoded)
 
 
-def _encode_literals(pages: ClassifiedPages, codec: CodecSetting) -> tuple[bytes | None, int]:
-    """Compress a batch's literals together; None if they do not shrink. Runs in a thread.
-
-    The time returned is the thread's processor time: wall time on a busy host is mostly the wait
-    for a processor, and one unlucky batch would make a codec look ten times slower than it is.
-    """
-    started_ns = time.thread_time_ns()
+def _encode_literals(pages: ClassifiedPages, codec: CodecSetting) -> bytes | None:
+    """Compress a batch's literals together; None if they do not shrink. Runs in a thread."""
     raw = np.ascontiguousarray(pages.literals).reshape(-1)
-    encoded = make_codec(CODEC_IDS[codec.codec], codec.level or 1).encode(raw.data)
-    return encoded, time.thread_time_ns() - started_ns
+    return make_codec(CODEC_IDS[codec.codec], codec.level or 1).encode(raw.data)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from migrate.errors import ParamsError
+from migrate.simulation.profile import Profile
 from migrate.units import GIB, KIB, MIB, size_text
 from proto.guest_events import PAGE_SIZE
 
@@ -23,8 +24,17 @@ MIN_BANDWIDTH_BPS: Final = 12_500
 MAX_DOWNTIME_LIMIT_MS: Final = 2_000_000
 """QEMU refuses a ``downtime-limit`` above 2000 seconds."""
 
+MAX_RUN_FOR_S: Final = 3600
+"""A simulated guest ends with its command; an hour is longer than any experiment."""
+
 MAX_UNIX_PATH_BYTES: Final = 107
 """``sun_path`` holds 108 bytes with the closing zero on Linux."""
+
+MAX_PROBE_RATE_PER_S: Final = 2000
+"""A probe is there to watch a service, not to load it, nor the engine beside it."""
+
+MAX_PROBE_BEFORE_S: Final = 60.0
+"""The other side waits for the migration meanwhile."""
 
 MAX_ZSTD_LEVEL: Final = 19
 """Levels 20-22 want hundreds of MiB per encoder and are never faster than the link."""
@@ -109,6 +119,47 @@ def parse_socket_address(text: str) -> SocketAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeTarget:
+    """A UDP echo service of the guest, and how often to ask it.
+
+    Attributes:
+        address: Where clients reach it, before the migration and after it.
+        rate_per_s: Requests per second, 1 to ``MAX_PROBE_RATE_PER_S``.
+    """
+
+    address: LinkAddress
+    rate_per_s: int = 200
+
+    def __post_init__(self) -> None:
+        if self.address.port == 0:
+            raise ParamsError(f"--probe needs the port of the service, got {self.address}")
+        if not 1 <= self.rate_per_s <= MAX_PROBE_RATE_PER_S:
+            raise ParamsError(
+                f"expected a probe rate from 1 to {MAX_PROBE_RATE_PER_S} a second, "
+                f"got {self.rate_per_s}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "ProbeTarget":
+        """Read ``udp:HOST:PORT`` or ``udp:HOST:PORT,rate=N``.
+
+        Raises:
+            ParamsError: Anything else.
+        """
+        where, comma, option = text.partition(",")
+        scheme, _, address = where.partition(":")
+        name, _, value = option.partition("=")
+        good_rate = value.isascii() and value.isdecimal() and len(value) <= 9
+        if scheme != "udp" or (comma and not (name == "rate" and good_rate)):
+            raise ParamsError(f"expected udp:HOST:PORT[,rate=N], got '{text}'")
+        rate = {"rate_per_s": int(value)} if comma else {}
+        return cls(LinkAddress.parse(address), **rate)
+
+    def __str__(self) -> str:
+        return f"udp:{self.address}"
+
+
+@dataclass(frozen=True, slots=True)
 class Compress:
     """How page content is compressed.
 
@@ -180,6 +231,7 @@ class SourceParams:
         to: Where ``migrate-dst`` listens.
         qmp: QMP socket of the source QEMU; exclusive with ``gateway``.
         gateway: Where we listen for a QEMU that its owner tells to migrate.
+        simulate: Profile of a guest to simulate; exclusive with ``qmp`` and ``gateway``.
         gateway_owner: uid and gid of the unix gateway socket; ``None`` leaves them ours.
         gateway_mode: Permission bits of the unix gateway socket.
         downtime_limit_ms: How long the guest may stand still.
@@ -189,15 +241,20 @@ class SourceParams:
         cache_bytes: RAM for the page cache, on each side; 0 = none.
         commit: ``relay`` leaves the handover to whoever owns both monitors.
         hold_before_commit: Wait, both sides paused, for a key or SIGUSR1 before the commit.
+        allow_inconsistent_rings: Hand over virtio rings that contradict their devices, with a
+            warning.
         after: What becomes of the source QEMU after a success.
         state_dir: Where the handover is recorded; survives a crash of the host.
         connect_timeout_s: Seconds until giving up on reaching ``to``.
+        probe: Service of the guest whose answers are watched; ``None`` = none.
+        probe_before_s: Seconds to watch it before its migration.
         output: Reports and progress.
     """
 
     to: LinkAddress
     qmp: Path | None = None
     gateway: SocketAddress | None = None
+    simulate: Profile | None = None
     gateway_owner: tuple[int, int] | None = None
     gateway_mode: int = 0o600
     downtime_limit_ms: int = 300
@@ -207,14 +264,18 @@ class SourceParams:
     cache_bytes: int = 64 * MIB
     commit: CommitMode = "auto"
     hold_before_commit: bool = False
+    allow_inconsistent_rings: bool = False
     after: AfterMode = "keep"
     state_dir: Path
     connect_timeout_s: float = 30.0
+    probe: ProbeTarget | None = None
+    probe_before_s: float = 1.0
     output: OutputParams = OutputParams()
 
     def __post_init__(self) -> None:
-        if (self.qmp is None) == (self.gateway is None):
-            raise ParamsError("expected exactly one of --qmp and --gateway")
+        ways = (self.qmp, self.gateway, self.simulate)
+        if sum(way is not None for way in ways) != 1:
+            raise ParamsError("expected exactly one of --qmp, --gateway and --simulate")
         if self.qmp is not None:
             _check_socket_path(self.qmp, "--qmp")
         if self.to.port == 0:
@@ -222,6 +283,15 @@ class SourceParams:
         self._check_gateway()
         self._check_limits()
         _check_positive(self.connect_timeout_s, "--connect-timeout")
+        if self.probe is not None and self.simulate is not None:
+            raise ParamsError(
+                "--probe needs a real guest: simulated ones have their own clients"
+            )
+        if not 0 <= self.probe_before_s <= MAX_PROBE_BEFORE_S:
+            raise ParamsError(
+                f"expected --probe-before from 0s to {MAX_PROBE_BEFORE_S:.0f}s, "
+                f"got {self.probe_before_s}s"
+            )
 
     def _check_gateway(self) -> None:
         unix_gateway = isinstance(self.gateway, UnixAddress)
@@ -236,7 +306,7 @@ class SourceParams:
         if self.commit not in get_args(CommitMode):
             raise ParamsError(f"expected --commit auto or relay, got '{self.commit}'")
         if self.commit == "relay" and self.gateway is None:
-            raise ParamsError("--commit relay needs --gateway: with --qmp the engine commits")
+            raise ParamsError("--commit relay needs --gateway: otherwise the engine commits")
         if self.commit == "relay" and self.hold_before_commit:
             raise ParamsError("--hold-before-commit does not work with --commit relay")
         if self.after not in get_args(AfterMode):
@@ -271,7 +341,10 @@ class DestinationParams:
         qemu_argv: Command of the QEMU to start; exclusive with ``qmp`` and ``incoming``.
         qmp: QMP socket of a QEMU started with ``-incoming defer``.
         incoming: Where a QEMU already waits with ``-incoming``.
+        simulate: Take in a simulated guest; exclusive with the three ways above.
+        run_for_s: Seconds that a simulated guest lives here after the handover.
         cache_max_bytes: Largest page cache a source may ask for.
+        allow_inconsistent_rings: As for the source, for a guest whose source cannot check.
         state_dir: Where the handover is recorded; survives a crash of the host.
         run_dir: Where the sockets and logs of a QEMU that we start live; made with mode 0700.
         hello_timeout_s: Seconds a connection may take to introduce itself.
@@ -282,16 +355,25 @@ class DestinationParams:
     qemu_argv: tuple[str, ...] | None = None
     qmp: Path | None = None
     incoming: SocketAddress | None = None
+    simulate: bool = False
+    run_for_s: float = 1.0
     cache_max_bytes: int = 1 * GIB
+    allow_inconsistent_rings: bool = False
     state_dir: Path
     run_dir: Path
     hello_timeout_s: float = 10.0
     output: OutputParams = OutputParams()
 
     def __post_init__(self) -> None:
-        ways = (self.qemu_argv, self.qmp, self.incoming)
+        ways = (self.qemu_argv, self.qmp, self.incoming, self.simulate or None)
         if sum(way is not None for way in ways) != 1:
-            raise ParamsError("expected exactly one of '-- QEMU COMMAND', --qmp and --incoming")
+            raise ParamsError(
+                "expected exactly one of '-- QEMU COMMAND', --qmp, --incoming and --simulate"
+            )
+        if not 0 <= self.run_for_s <= MAX_RUN_FOR_S:
+            raise ParamsError(
+                f"expected --run-for up to {MAX_RUN_FOR_S}s, got {self.run_for_s}s"
+            )
         if self.qemu_argv is not None:
             _check_qemu_argv(self.qemu_argv)
         if self.qmp is not None:

@@ -4,7 +4,6 @@ Sends messages in order, as far as the credit goes: what the destination guest h
 bandwidth that does not exist. Also keeps the account of every byte and measures the link.
 """
 
-import time
 from dataclasses import dataclass, field
 
 import trio
@@ -15,6 +14,7 @@ from migrate.control.goodput import Goodput, GoodputEstimate
 from migrate.control.token_bucket import TokenBucket
 from migrate.control.window import CreditPolicy
 from migrate.report.ledger import Ledger
+from migrate.runtime import Runtime
 from migrate.transport.link import Link
 from proto.link import messages
 from proto.link.messages import Message
@@ -61,9 +61,13 @@ class RoundNotes:
     Attributes:
         goodput_bps: What the link carried near its end.
         codec_batches: Batches by codec.
+        dirty_pages_per_s: Rate at which the guest wrote to clean pages, as it says itself.
+        throttle_percent: How much its vCPUs were throttled.
     """
 
     goodput_bps: float | None = None
+    dirty_pages_per_s: float | None = None
+    throttle_percent: int = 0
     codec_batches: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -86,8 +90,11 @@ class Sender:
         ended_ns: When END_OF_STATE was sent, None before.
     """
 
-    def __init__(self, link: Link, ledger: Ledger, max_bandwidth_bps: int | None) -> None:
+    def __init__(
+        self, link: Link, ledger: Ledger, runtime: Runtime, max_bandwidth_bps: int | None
+    ) -> None:
         self._link = link
+        self._now_ns = runtime.now_ns
         self._ledger = ledger
         self.backlog: Backlog[Outgoing] = Backlog(RUNNING_BACKLOG_BYTES)
         self.goodput = Goodput()
@@ -114,7 +121,7 @@ class Sender:
 
     async def run(self) -> None:
         """Send until END_OF_STATE is out."""
-        self._ledger.start_round(0, time.monotonic_ns())
+        self._ledger.start_round(0, self._now_ns())
         rounds = 1
         while True:
             if self.backlog.is_empty:
@@ -125,14 +132,14 @@ class Sender:
             await item.ready.wait()
             assert item.message is not None
             if isinstance(item.message, messages.RoundEnd):
-                self._ledger.start_round(rounds, time.monotonic_ns())
+                self._ledger.start_round(rounds, self._now_ns())
                 rounds += 1
             if isinstance(item.message, messages.DeviceStateData) and not self.device_state_ns:
-                self.device_state_ns = time.monotonic_ns()
+                self.device_state_ns = self._now_ns()
             await self._wait_credit()
             await self._send_one(item)
             if isinstance(item.message, messages.EndOfState):
-                self.ended_ns = time.monotonic_ns()
+                self.ended_ns = self._now_ns()
                 return
 
     async def _wait_credit(self) -> None:
@@ -148,14 +155,14 @@ class Sender:
         message = item.message
         assert message is not None
         if self._bucket is not None and isinstance(message, PageBatch):
-            delay_ns = self._bucket.delay_ns(len(message.encoded) + 100, time.monotonic_ns())
+            delay_ns = self._bucket.delay_ns(len(message.encoded) + 100, self._now_ns())
             if delay_ns > 0:
                 await trio.sleep(delay_ns / 1e9)
         await self._link.send(message, lambda wire_bytes: self._framed(item, wire_bytes))
 
     def _framed(self, item: Outgoing, wire_bytes: int) -> None:
         """Account for a numbered frame at the moment it begins to be written."""
-        now_ns = time.monotonic_ns()
+        now_ns = self._now_ns()
         window = self._link.connection.window
         self._sent_ns[window.sent_seq] = now_ns
         self._framed_wire_bytes += wire_bytes
@@ -179,11 +186,18 @@ class Sender:
         if item.codec is not None:
             name = str(item.codec)
             notes.codec_batches[name] = notes.codec_batches.get(name, 0) + 1
-        now_ns = time.monotonic_ns()
+        now_ns = self._now_ns()
         if now_ns - self._noted_ns > NOTE_NS:
             self._noted_ns = now_ns
             if estimate := self.consumed_estimate():
                 notes.goodput_bps = estimate.wire_bps
+
+    def note_guest(self, dirty_pages_per_s: float | None, throttle_percent: int | None) -> None:
+        """Note what the guest says of itself under the round that is being sent."""
+        notes = self.round_notes.setdefault(len(self._ledger.rounds) - 1, RoundNotes())
+        # QEMU says 0 until it has looked for a second.
+        notes.dirty_pages_per_s = dirty_pages_per_s or notes.dirty_pages_per_s
+        notes.throttle_percent = max(throttle_percent or 0, notes.throttle_percent)
 
     @property
     def codec_text(self) -> str | None:
@@ -193,11 +207,11 @@ class Sender:
 
     def carried_estimate(self) -> GoodputEstimate | None:
         """The link's own rate, for the choice of a codec; ``--max-bandwidth`` is a link, too."""
-        return self._capped(self.carried.estimate(time.monotonic_ns()))
+        return self._capped(self.carried.estimate(self._now_ns()))
 
     def consumed_estimate(self) -> GoodputEstimate | None:
         """What the destination guest takes in; looked up at most every ``NOTE_NS``."""
-        now_ns = time.monotonic_ns()
+        now_ns = self._now_ns()
         if now_ns - self._consumed_ns > NOTE_NS:
             self._consumed_ns = now_ns
             self._consumed = self._capped(self.goodput.estimate(now_ns))
@@ -223,7 +237,7 @@ class Sender:
 
     def take_ack(self) -> None:
         """Use an acknowledgement that the connection has just applied to its window."""
-        now_ns = time.monotonic_ns()
+        now_ns = self._now_ns()
         window = self._link.connection.window
         newest = 0
         while self._sent_ns and next(iter(self._sent_ns)) <= window.consumed_seq:

@@ -1,13 +1,7 @@
 """What both commands have around a migration: report, ledger, trace, progress, last words."""
 
-import datetime
-import os
-import secrets
 import sys
-import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import trio
 
@@ -26,6 +20,7 @@ from migrate.report.report import (
 )
 from migrate.report.summary import summary_lines
 from migrate.report.trace import TraceWriter
+from migrate.runtime import Runtime
 
 PROGRESS_S = 0.1
 """How often progress is looked at; the display decides what of it is worth a line."""
@@ -39,27 +34,39 @@ class Session:
         ledger: Pages and bytes by class.
         started_ns: Monotonic start.
         phase: In words, for progress.
+        runtime: Where the run takes place.
     """
 
-    def __init__(self, role: Role, output: OutputParams) -> None:
-        self.started_ns = time.monotonic_ns()
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.builder = ReportBuilder(role, self.started_ns, started_utc=now)
+    def __init__(
+        self, role: Role, output: OutputParams, runtime: Runtime, *, watched: bool = True
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            role: Which command this is.
+            output: What the user wants to be told, and where.
+            runtime: Where the run takes place.
+            watched: Somebody reads stderr; otherwise nothing is written there.
+        """
+        self.runtime = runtime
+        self.started_ns = runtime.now_ns()
+        started_utc = runtime.utc().isoformat(timespec="seconds")
+        self.builder = ReportBuilder(role, self.started_ns, started_utc=started_utc)
         self.ledger = Ledger()
         self.phase = "starting"
         self._output = output
-        self._display = ProgressDisplay(sys.stderr, quiet=output.quiet)
+        self._display = ProgressDisplay(sys.stderr, quiet=output.quiet) if watched else None
         self._trace = TraceWriter(output.trace_path, self.started_ns, self.warn)
 
     def say(self, line: str) -> None:
         """Tell a person something that stays on the screen; nothing with ``--quiet``."""
         if not self._output.quiet:
-            self._display.log(line)
+            self._log(line)
 
     def warn(self, text: str) -> None:
         """Warn: on the screen now, in the report at the end."""
         self.builder.warn(text)
-        self._display.log(f"warning: {text}")
+        self._log(f"warning: {text}")
 
     def enter(self, phase: str) -> None:
         """Begin a phase."""
@@ -68,20 +75,31 @@ class Session:
 
     def trace(self, name: str, **values: object) -> None:
         """Write an event to the trace."""
-        self._trace.event(name, time.monotonic_ns(), **values)
+        self._trace.event(name, self.runtime.now_ns(), **values)
 
     @property
     def elapsed_ms(self) -> float:
         """Milliseconds since the start."""
-        return (time.monotonic_ns() - self.started_ns) / 1e6
+        return (self.runtime.now_ns() - self.started_ns) / 1e6
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody can see progress."""
+        return self._display is not None
 
     def show(self, state: ProgressState) -> None:
         """Show progress."""
-        self._display.update(state, time.monotonic_ns())
+        if self._display is not None:
+            self._display.update(state, self.runtime.now_ns())
+
+    def _log(self, line: str) -> None:
+        if self._display is not None:
+            self._display.log(line)
 
     def finish(self, report: Report) -> None:
         """Write what was asked for and say how it ended; the last line says where the guest is."""
-        self._display.close()
+        if self._display is not None:
+            self._display.close()
         self._trace.close()
         output = self._output
         warnings = []
@@ -96,31 +114,7 @@ class Session:
             sys.stdout.flush()
         lines = summary_lines(report)
         for line in lines[-1:] if output.quiet else lines:
-            self._display.log(line)
-
-
-@contextmanager
-def private_dir(parent: Path) -> Iterator[Path]:
-    """A fresh directory for this run's sockets, mode 0700, removed at the end if it is empty.
-
-    Its name begins with our process id, so that what a killed run left can be told from a live one.
-
-    Raises:
-        MigrationError: It cannot be made.
-    """
-    path = parent / f"{os.getpid()}-{secrets.token_hex(2)}"
-    try:
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.mkdir(mode=0o700)
-    except OSError as error:
-        raise MigrationError(
-            f"cannot make a directory for sockets in {parent}: {error.strerror}"
-        ) from error
-    try:
-        yield path
-    finally:
-        if not any(path.iterdir()):
-            path.rmdir()
+            self._log(line)
 
 
 async def wait_stalled(progress: Callable[[], Hashable], limit_s: float) -> None:

@@ -10,7 +10,6 @@ here.
 import contextlib
 import math
 import os
-import time
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,25 +30,25 @@ from migrate.errors import (
 from migrate.guests.base import GuestProgress, SourceGuest, Whereabouts
 from migrate.guests.gateway_source import GatewaySource, open_gateway
 from migrate.guests.qemu_source import open_qemu_source
+from migrate.guests.simulated_source import SIMULATED_RESERVE_MS, open_simulated_source
 from migrate.handover import SourceHandover
-from migrate.hello import Agreement, introduce
+from migrate.hello import Agreement, introduce, reported_commit
 from migrate.hold import CommitHold
 from migrate.outbound import Outbound
 from migrate.params import SourceParams, default_run_dir
+from migrate.probe import MigrationPhases, Probe, open_probe
 from migrate.report.progress import ProgressState
 from migrate.report.report import Report
+from migrate.ring_guard import SourceRingGuard
 from migrate.sending import HANDOVER_RESERVE_MS, Sender
 from migrate.session import (
     PROGRESS_S,
     Session,
     most_telling,
-    private_dir,
     told_or_bug,
     wait_stalled,
 )
 from migrate.source_report import source_report
-from migrate.state_file import StateFile, check_state_dir
-from migrate.transport.channels import connect_tcp
 from migrate.transport.link import Link
 from proto.errors import QemuStreamError
 from proto.guest_events import GuestEvent
@@ -78,6 +77,7 @@ class SourceRun:
     def __init__(self, params: SourceParams, session: Session) -> None:
         self._params = params
         self._session = session
+        self._runtime = session.runtime
         self._handover: SourceHandover | None = None
         self._outbound: Outbound | None = None
         self._sender: Sender | None = None
@@ -90,6 +90,7 @@ class SourceRun:
         self._peer_left = trio.Event()
         self._peer_said_bye = False
         self._run_state: str | None = None
+        self._probe = Probe(None, session.warn)
         self._hold = CommitHold(session) if params.hold_before_commit else CommitHold(None)
 
     def cancel(self, why: str) -> None:
@@ -99,11 +100,17 @@ class SourceRun:
 
     async def run(self) -> tuple[Report, MigrationError | None]:
         """Migrate; never raises for what a migration can meet, but returns it with the report."""
+        async with open_probe(self._params.probe, self._session.warn) as self._probe:
+            report, error = await self._run()
+            await self._probe.finish(report)
+        return report, error
+
+    async def _run(self) -> tuple[Report, MigrationError | None]:
         session = self._session
         error: MigrationError | None = None
         try:
             run_parent = default_run_dir(os.environ, os.getuid())
-            with self._opening, private_dir(run_parent) as run_dir, self._hold:
+            with self._opening, self._runtime.private_dir(run_parent) as run_dir, self._hold:
                 async with self._open_guest(run_dir) as guest:
                     self._opened = True
                     session.builder.report.source = guest.form
@@ -126,6 +133,12 @@ class SourceRun:
                 params.qmp, run_dir, downtime_limit_ms=told_ms
             ) as source:
                 yield source
+        elif params.simulate is not None:
+            told_ms = params.downtime_limit_ms - SIMULATED_RESERVE_MS
+            async with open_simulated_source(
+                params.simulate, self._runtime, downtime_limit_ms=told_ms
+            ) as simulated:
+                yield simulated
         else:
             assert params.gateway is not None
             async with open_gateway(
@@ -200,7 +213,7 @@ class SourceRun:
 
     async def _migrate(self, guest: SourceGuest) -> None:
         session, params = self._session, self._params
-        check_state_dir(params.state_dir)
+        self._runtime.check_state_dir(params.state_dir)
         facts = await guest.facts()
         session.builder.report.qemu_version = facts.qemu_version
         pending: list[GuestEvent] = []
@@ -208,16 +221,19 @@ class SourceRun:
             session.enter("waiting for the source QEMU")
             session.say(f"listening on {guest.uri} for the source QEMU's 'migrate {guest.uri}'")
             pending = await guest.wait_header()
+        if self._probe.active:
+            session.enter("watching the service")
+            await self._probe.wait_before(params.probe_before_s)
         session.enter("connecting")
         link = self._link = await self._connect()
         relay = params.commit == "relay"
         agreement = self._agreement = await introduce(
-            link, guest, facts, cache_bytes=params.cache_bytes, relay=relay
+            link, guest, facts, self._runtime, cache_bytes=params.cache_bytes, relay=relay
         )
         for warning in (*agreement.warnings, *agreement.not_checked):
             session.warn(warning)
         session.builder.report.not_checked += agreement.not_checked
-        session.builder.report.commit = agreement.kind.value
+        session.builder.report.commit = reported_commit(agreement.kind, guest.form)
         await self._carry(guest, link, agreement, pending)
 
     def _begin_handover(
@@ -228,13 +244,20 @@ class SourceRun:
         control: trio.MemoryReceiveChannel[Message],
     ) -> SourceHandover:
         params = self._params
-        sender = self._sender = Sender(link, self._session.ledger, params.max_bandwidth_bps)
+        runtime, ledger = self._runtime, self._session.ledger
+        sender = self._sender = Sender(link, ledger, runtime, params.max_bandwidth_bps)
         outbound = self._outbound = Outbound(
             guest,
             sender,
             seed=agreement.seed,
             slot_count=agreement.slot_count,
             compress=params.compress,
+            runtime=runtime,
+            rings=SourceRingGuard(
+                guest,
+                allow_inconsistent=params.allow_inconsistent_rings,
+                warn=self._session.warn,
+            ),
         )
         return SourceHandover(
             guest=guest,
@@ -242,7 +265,8 @@ class SourceRun:
             control=control,
             outbound=outbound,
             kind=agreement.kind,
-            state_file=StateFile(params.state_dir, "source", agreement.migration_id),
+            state_file=runtime.state_file(params.state_dir, "source", agreement.migration_id),
+            runtime=runtime,
             hold=self._hold.wait if params.hold_before_commit else None,
         )
 
@@ -258,15 +282,24 @@ class SourceRun:
         to_control, control = trio.open_memory_channel[Message](64)
         handover = self._handover = self._begin_handover(guest, link, agreement, control)
         outbound = handover.outbound
+        self._probe.follow(
+            MigrationPhases(
+                session.ledger,
+                lambda: guest.stopped_at_ns or outbound.state.switchover_at_ns,
+                lambda: handover.times.running_ns,
+            )
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
             nursery.start_soon(self._receive, link, guest, to_control)
-            nursery.start_soon(self._show_progress, guest)
+            if session.watched:
+                nursery.start_soon(self._show_progress, guest)
             nursery.start_soon(self._watch_stop, link, outbound)
             if isinstance(guest, GatewaySource):
                 nursery.start_soon(guest.refuse_more_connections)
+            await outbound.rings.start()
             session.enter("precopy")
-            session.builder.setup_done(time.monotonic_ns())
+            session.builder.setup_done(self._runtime.now_ns())
             await guest.start()
             await outbound.run(pending)
             session.enter("handover")
@@ -314,7 +347,7 @@ class SourceRun:
         params = self._params
         deadline = trio.current_time() + params.connect_timeout_s
         with trio.move_on_after(params.connect_timeout_s):
-            sock = await connect_tcp(params.to, "migrate-dst")
+            sock = await self._runtime.connect(params.to, "migrate-dst")
             connection = LinkConnection(Role.SOURCE)
             return Link(sock, connection, f"migrate-dst at {params.to}")
         waited = trio.current_time() - deadline + params.connect_timeout_s
@@ -346,6 +379,7 @@ class SourceRun:
                         pass
                     case messages.Bye():
                         self._peer_said_bye = True
+                        self._peer_left.set()
                     case messages.Abort():
                         if self._handover is None or not self._handover.commit_sent:
                             raise _gave_up(message)
@@ -389,8 +423,14 @@ class SourceRun:
                 # progress is a nicety: what fails here shows elsewhere if it matters
                 with trio.move_on_after(0.4), contextlib.suppress(MigrationError):
                     known = await guest.progress()
+                    self._note_guest(known)
             self._session.show(self._progress_state(known))
             await trio.sleep(PROGRESS_S)
+
+    def _note_guest(self, known: GuestProgress) -> None:
+        outbound = self._outbound
+        if outbound is not None and outbound.state.switchover_at_ns is None:
+            outbound.sender.note_guest(known.dirty_pages_per_s, known.throttle_percent)
 
     def _progress_state(self, known: GuestProgress) -> ProgressState:
         outbound = self._outbound

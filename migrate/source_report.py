@@ -1,7 +1,5 @@
 """Source: what happened becomes the report."""
 
-import time
-
 from migrate.errors import GuestOn, MigrationError
 from migrate.handover import SourceHandover
 from migrate.outbound import Outbound
@@ -24,18 +22,21 @@ def source_report(
             outbound.sender.settle_ledger()
         else:
             session.ledger.add_bytes("control", link.sent_bytes)
-        session.ledger.close(link.sent_bytes, time.monotonic_ns())
+        session.ledger.close(link.sent_bytes, session.runtime.now_ns())
         builder.report.wire_bytes_back = link.connection.received_bytes
     if outbound is not None:
         _add_rounds(session, outbound)
         builder.report.ram_bytes = outbound.state.ram_bytes
         builder.report.opaque_rest = outbound.state.opaque_rest or None
+        if (verdict := outbound.rings.verdict) is not None:
+            builder.report.devices = verdict.reports()
+            builder.report.not_checked += verdict.not_checked()
     builder.take_ledger(session.ledger)
     if outbound is not None and handover is not None:
         builder.report.integrity = _integrity(outbound, handover)
         if handover.times.running_ns is not None:
             _add_downtime(session, outbound, handover)
-    now_ns = time.monotonic_ns()
+    now_ns = session.runtime.now_ns()
     if error is not None:
         return builder.failed(now_ns, error, None)
     assert handover is not None
@@ -54,6 +55,8 @@ def _add_rounds(session: Session, outbound: Outbound) -> None:
             wire_bytes=counts.wire_bytes,
             goodput_bps=notes.goodput_bps if notes else None,
             codec=notes.codec if notes else None,
+            dirty_pages_per_s=notes.dirty_pages_per_s if notes else None,
+            throttle_percent=notes.throttle_percent if notes else 0,
         )
 
 
@@ -87,3 +90,6 @@ def _add_downtime(session: Session, outbound: Outbound, handover: SourceHandover
         builder.downtime_part("load", times.verified_ns)
     builder.downtime_part("commit", times.ready_ns or times.verified_ns or times.running_ns)
     builder.guest_runs(times.running_ns)
+    if builder.report.source == "simulate":
+        # kvm-clock stands still exactly as long as the guest does.
+        builder.report.guest_clock_jump_ms = builder.report.downtime_ms

@@ -35,7 +35,7 @@ STATE: list[Message] = [
     m.Switchover(b"prelude"),
     PAGES,
     m.DeviceStateData(b"device", 6),
-    m.EndOfState("running", DIGEST, DIGEST, 1000),
+    m.EndOfState("running", DIGEST, DIGEST, 1000, True),
 ]
 
 

@@ -111,7 +111,9 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
     FrameType.ROUND_END: st.builds(m.RoundEnd, st.integers(0, (1 << 32) - 1)),
     FrameType.SWITCHOVER: st.builds(m.Switchover, st.binary(max_size=50)),
     FrameType.DEVICE_STATE: st.builds(lambda data: m.DeviceStateData(*data), encoded_data()),
-    FrameType.END_OF_STATE: st.builds(m.EndOfState, st.none() | names, digests, digests, u64),
+    FrameType.END_OF_STATE: st.builds(
+        m.EndOfState, st.none() | names, digests, digests, u64, st.booleans()
+    ),
     FrameType.HELLO: st.builds(
         m.Hello,
         migration_id=digests,

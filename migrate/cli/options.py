@@ -17,11 +17,13 @@ from migrate.params import (
     DestinationParams,
     LinkAddress,
     OutputParams,
+    ProbeTarget,
     SourceParams,
     default_run_dir,
     default_state_dir,
     parse_socket_address,
 )
+from migrate.simulation.profile import load_profile, shipped_names
 from migrate.units import NS_PER_MS, NS_PER_S, parse_duration_ns, parse_rate, parse_size
 
 T = TypeVar("T")
@@ -57,12 +59,15 @@ def source_parser() -> argparse.ArgumentParser:
     _add_source_ways(parser)
     _add_source_limits(parser)
     _add_handover(parser)
+    _add_probe(parser)
     _add_output(parser)
     return parser
 
 
 def _add_source_ways(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the source QEMU (exactly one of --qmp and --gateway)")
+    group = parser.add_argument_group(
+        "the guest (exactly one of --qmp, --gateway and --simulate)"
+    )
     group.add_argument(
         "--qmp", metavar="SOCKET", type=Path,
         help="QMP socket of the running QEMU, which migrate-src then drives",
@@ -70,6 +75,10 @@ def _add_source_ways(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gateway", metavar="ADDRESS", type=_checked(parse_socket_address),
         help="listen on tcp:HOST:PORT or unix:PATH; whoever owns QEMU says 'migrate' to it",
+    )  # fmt: skip
+    group.add_argument(
+        "--simulate", metavar="PROFILE", type=_checked(load_profile),
+        help="simulate a guest instead: a TOML file, or one of " + ", ".join(shipped_names()),
     )  # fmt: skip
     group.add_argument(
         "--gateway-owner", metavar="UID:GID", type=_checked(_parse_owner),
@@ -123,7 +132,21 @@ def _add_handover(parser: argparse.ArgumentParser) -> None:
         "--after", choices=("keep", "quit"), default="keep",
         help="what becomes of the source QEMU after a success",
     )  # fmt: skip
+    _add_rings(group)
     _add_state_dir(group)
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what a client of the guest notices")
+    group.add_argument(
+        "--probe", metavar="ADDRESS", type=_checked(ProbeTarget.parse),
+        help="udp:HOST:PORT[,rate=N] of an echo service in the guest: ask it N times a second "
+        "(200), report answers, latencies and the gap",
+    )  # fmt: skip
+    group.add_argument(
+        "--probe-before", metavar="TIME", type=_checked(_parse_s), default="1s",
+        help="how long to ask it before the migration begins",
+    )  # fmt: skip
 
 
 def destination_parser() -> argparse.ArgumentParser:
@@ -134,13 +157,13 @@ def destination_parser() -> argparse.ArgumentParser:
         "Everything behind '--' is the command of a QEMU to start, written as on the source; "
         "migrate-dst adds -S, -incoming defer and a QMP socket.",
         usage="migrate-dst --listen HOST:PORT [option ...] "
-        "(-- QEMU COMMAND | --qmp SOCKET | --incoming ADDRESS)",
+        "(-- QEMU COMMAND | --qmp SOCKET | --incoming ADDRESS | --simulate)",
     )
     parser.add_argument(
         "--listen", required=True, metavar="HOST:PORT", type=_checked(LinkAddress.parse),
         help="where to wait for migrate-src; port 0 takes a free one and prints it",
     )  # fmt: skip
-    group = parser.add_argument_group("the destination QEMU (exactly one way)")
+    group = parser.add_argument_group("the destination's guest (exactly one way)")
     group.add_argument(
         "--qmp", metavar="SOCKET", type=Path,
         help="QMP socket of a QEMU that was started with -incoming defer",
@@ -148,6 +171,13 @@ def destination_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--incoming", metavar="ADDRESS", type=_checked(parse_socket_address),
         help="tcp:HOST:PORT or unix:PATH where a QEMU already waits with -incoming",
+    )  # fmt: skip
+    group.add_argument(
+        "--simulate", action="store_true", help="take in a simulated guest, without a QEMU"
+    )
+    group.add_argument(
+        "--run-for", metavar="TIME", type=_checked(_parse_s), default="1s",
+        help="how long a simulated guest lives here after the handover",
     )  # fmt: skip
     group = parser.add_argument_group("limits")
     group.add_argument(
@@ -159,6 +189,7 @@ def destination_parser() -> argparse.ArgumentParser:
         help="how long a new connection may take to introduce itself",
     )  # fmt: skip
     group = parser.add_argument_group("directories")
+    _add_rings(group)
     _add_state_dir(group)
     group.add_argument(
         "--run-dir", metavar="DIR", type=Path, default=default_run_dir(os.environ, os.getuid()),
@@ -181,6 +212,7 @@ def parse_source(argv: Sequence[str]) -> SourceParams:
             to=options.to,
             qmp=options.qmp,
             gateway=options.gateway,
+            simulate=options.simulate,
             gateway_owner=options.gateway_owner,
             gateway_mode=options.gateway_mode,
             downtime_limit_ms=options.downtime_limit,
@@ -190,9 +222,12 @@ def parse_source(argv: Sequence[str]) -> SourceParams:
             cache_bytes=options.cache,
             commit=options.commit,
             hold_before_commit=options.hold_before_commit,
+            allow_inconsistent_rings=options.allow_inconsistent_rings,
             after=options.after,
             state_dir=options.state_dir,
             connect_timeout_s=options.connect_timeout,
+            probe=options.probe,
+            probe_before_s=options.probe_before,
             output=_output(options),
         )
     except ParamsError as error:
@@ -217,7 +252,10 @@ def parse_destination(argv: Sequence[str]) -> DestinationParams:
             qemu_argv=qemu_argv,
             qmp=options.qmp,
             incoming=options.incoming,
+            simulate=options.simulate,
+            run_for_s=options.run_for,
             cache_max_bytes=options.cache_max,
+            allow_inconsistent_rings=options.allow_inconsistent_rings,
             state_dir=options.state_dir,
             run_dir=options.run_dir,
             hello_timeout_s=options.hello_timeout,
@@ -236,6 +274,13 @@ def _parser(
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"{prog} {_version()}")
     return parser
+
+
+def _add_rings(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--allow-inconsistent-rings", action="store_true",
+        help="hand over virtio rings that contradict their devices, with a warning",
+    )  # fmt: skip
 
 
 def _add_state_dir(group: argparse._ArgumentGroup) -> None:

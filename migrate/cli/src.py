@@ -4,6 +4,7 @@ import sys
 
 from migrate.cli.options import parse_source
 from migrate.cli.run import run_command
+from migrate.runtime import RealRuntime
 from migrate.session import Session
 from migrate.source import SourceRun
 
@@ -11,5 +12,5 @@ from migrate.source import SourceRun
 def main() -> None:
     """Run migrate-src; the exit code says whether the guest is on the destination."""
     params = parse_source(sys.argv[1:])
-    session = Session("source", params.output)
+    session = Session("source", params.output, RealRuntime())
     sys.exit(run_command(SourceRun(params, session), session))

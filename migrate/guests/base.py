@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import GuestOn
+from migrate.rings import RingLayout
 from proto.guest_events import GuestEvent, RamBlocks
+from proto.qemu.physical import PhysicalMap
+from proto.virtqueue import VirtioDeviceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,23 @@ class SourceGuest(Protocol):
         """Make the guest unable to resume here on its own; returns when that is certain."""
         ...
 
+    async def ring_layout(self) -> RingLayout | None:
+        """Ask where virtio rings lie, before ``start``; ``None`` where nobody can be asked."""
+        ...
+
+    def virtio_devices(
+        self, state: bytes
+    ) -> tuple[tuple[VirtioDeviceState, ...], tuple[str, ...]]:
+        """Decode the virtio devices of a device state, and say which are not understood."""
+        ...
+
+    async def read_physical(self, address: int, length: int) -> bytes | None:
+        """Read memory of the guest while it is stopped; ``None`` where that is not possible.
+
+        Not before all device state has been taken in: until then a QEMU does not answer.
+        """
+        ...
+
     async def go_on(self) -> Whereabouts:
         """Call the migration off so that the guest is as it was; say where it is now."""
         ...
@@ -168,6 +188,20 @@ class DestinationGuest(Protocol):
 
     async def load_end(self) -> None:
         """Deliver the end; returns when the guest is complete (or, uncommanded, when it runs)."""
+        ...
+
+    def virtio_devices(
+        self, state: bytes
+    ) -> tuple[tuple[VirtioDeviceState, ...], tuple[str, ...]]:
+        """Decode the virtio devices of a device state, and say which are not understood."""
+        ...
+
+    async def physical_map(self, blocks: RamBlocks) -> PhysicalMap | None:
+        """Where guest-physical memory lies, once complete; ``None`` if nobody can be asked."""
+        ...
+
+    async def read_physical(self, address: int, length: int) -> bytes | None:
+        """Read memory of the complete guest before ``run``; ``None`` if that is impossible."""
         ...
 
     async def run(self, run_state: str) -> str:

@@ -17,10 +17,12 @@ from migrate.errors import GuestError, GuestOn, QemuStreamBrokenError
 from migrate.guests.base import Facts, GuestProgress, Whereabouts
 from migrate.params import LinkAddress, SocketAddress, UnixAddress
 from migrate.qemu.local_hop import IncomingHop
+from migrate.rings import RingLayout
 from migrate.transport.channels import listen
 from proto.guest_events import End, GuestEvent, Opaque, OpaqueKind, RamBlocks, Switchover
 from proto.qemu.format import MAGIC, MULTIFD_MAGIC
 from proto.qemu.return_path import shut
+from proto.qemu.virtio import virtio_devices
 
 HEADER_BYTES = 64 * 1024
 """Enough for the header and the block list of any machine."""
@@ -45,6 +47,7 @@ class GatewaySource:
     """
 
     form = "gateway"
+    virtio_devices = staticmethod(virtio_devices)
     was_running: bool | None = None
 
     def __init__(self, listener: trio.socket.SocketType, name: str, uri: str) -> None:
@@ -105,6 +108,12 @@ class GatewaySource:
     async def facts(self) -> Facts:
         """There is no monitor to ask."""
         return Facts(None, "the source was reached as a gateway, without its monitor")
+
+    async def ring_layout(self) -> RingLayout | None:
+        """There is no monitor to ask."""
+
+    async def read_physical(self, address: int, length: int) -> bytes | None:
+        """There is no monitor to ask."""
 
     async def start(self) -> None:
         """Nothing to do: events flow as soon as they are read."""

@@ -19,7 +19,9 @@ from migrate.qemu.loader import QemuLoader
 from migrate.qemu.local_hop import OutgoingHop
 from migrate.transport.channels import connect
 from proto.guest_events import GuestEvent, RamBlocks
+from proto.qemu.physical import PhysicalMap
 from proto.qemu.ram import page_buffer
+from proto.qemu.virtio import virtio_devices
 
 APPEAR_S = 10.0
 """A manager opens QEMU's socket milliseconds before the source connects; allow for slow ones."""
@@ -33,6 +35,7 @@ class IncomingDestination:
 
     form = "incoming"
     commanded = False
+    virtio_devices = staticmethod(virtio_devices)
 
     def __init__(self, address: SocketAddress, nursery: trio.Nursery) -> None:
         self._address = address
@@ -47,6 +50,12 @@ class IncomingDestination:
     async def facts(self) -> Facts:
         """There is no monitor to ask."""
         return Facts(None, "the destination QEMU was reached without its monitor")
+
+    async def physical_map(self, blocks: RamBlocks) -> PhysicalMap | None:
+        """There is no monitor to ask."""
+
+    async def read_physical(self, address: int, length: int) -> bytes | None:
+        """There is no monitor to ask."""
 
     async def watch(self) -> None:
         """Wait until the QEMU closes its stream.

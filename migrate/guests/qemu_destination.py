@@ -24,7 +24,7 @@ from migrate.errors import (
 )
 from migrate.guests.base import Facts
 from migrate.params import UnixAddress
-from migrate.qemu import preflight, queries
+from migrate.qemu import preflight, queries, virtio_queries
 from migrate.qemu.loader import QemuLoader
 from migrate.qemu.local_hop import OutgoingHop
 from migrate.qemu.process import OwnedQemu
@@ -32,7 +32,9 @@ from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
 from migrate.qemu.settings import changed_settings
 from migrate.transport.channels import connect
 from proto.guest_events import GuestEvent, RamBlocks
+from proto.qemu.physical import PhysicalMap
 from proto.qemu.ram import page_buffer
+from proto.qemu.virtio import virtio_devices
 
 START_S = 30.0
 """A QEMU that we start opens its monitor within a second; with preallocated RAM it takes longer."""
@@ -65,6 +67,7 @@ class QemuDestination:
     """See ``migrate.guests.base.DestinationGuest``."""
 
     commanded = True
+    virtio_devices = staticmethod(virtio_devices)
 
     def __init__(self, client: QmpClient, run_dir: Path, owned: OwnedQemu | None) -> None:
         self._client = client
@@ -85,6 +88,15 @@ class QemuDestination:
         facts = await preflight.collect_facts(self._client)
         version = str(queries.version_of(self._client))
         return Facts(facts.to_dict(), qemu_version=version)
+
+    async def physical_map(self, blocks: RamBlocks) -> PhysicalMap | None:
+        """Ask the monitor."""
+        names = tuple(block.idstr for block in blocks.blocks)
+        return await virtio_queries.query_physical_map(self._client, names)
+
+    async def read_physical(self, address: int, length: int) -> bytes | None:
+        """Ask the monitor."""
+        return await virtio_queries.read_physical(self._client, address, length)
 
     def take_argv(self, argv: Sequence[str]) -> None:
         """Remember the command line we started it with."""

@@ -24,16 +24,21 @@ from migrate.errors import (
 )
 from migrate.guests.base import Facts, GuestProgress, Whereabouts
 from migrate.params import UnixAddress
-from migrate.qemu import preflight, queries
+from migrate.qemu import preflight, queries, virtio_queries
 from migrate.qemu.local_hop import IncomingHop
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
 from migrate.qemu.settings import changed_settings
+from migrate.rings import RingLayout
 from migrate.transport.channels import listen
 from proto.guest_events import GuestEvent
 from proto.qemu.return_path import shut
+from proto.qemu.virtio import virtio_devices
 
 UNLIMITED_BYTES_PER_S = 2**63 - 1 - 2**20
 """QEMU's own rate limit is lifted: the link, through our window, is the only brake."""
+
+READ_S = 1.0
+"""Longest wait for a piece of a ring from the monitor, milliseconds as a rule."""
 
 CONNECT_S = 10.0
 """QEMU connects to our socket within milliseconds, or not at all."""
@@ -72,6 +77,7 @@ class QemuSource:
 
     form = "qmp"
     return_path = True
+    virtio_devices = staticmethod(virtio_devices)
 
     def __init__(self, client: QmpClient, run_dir: Path, name: str) -> None:
         self._client = client
@@ -90,6 +96,21 @@ class QemuSource:
         facts = await preflight.collect_facts(self._client)
         version = str(queries.version_of(self._client))
         return Facts(facts.to_dict(), qemu_version=version)
+
+    async def ring_layout(self) -> RingLayout | None:
+        """Ask the monitor; ``None`` for a QEMU that cannot say."""
+        devices = await virtio_queries.query_virtio(self._client)
+        if devices is None:
+            return None
+        blocks = tuple(b.idstr for b in await queries.query_ram_blocks(self._client))
+        physical = await virtio_queries.query_physical_map(self._client, blocks)
+        return RingLayout.of(physical, (q for device in devices for q in device.virtqueues))
+
+    async def read_physical(self, address: int, length: int) -> bytes | None:
+        """Ask the monitor, bounded in time: the guest stands still meanwhile."""
+        with trio.move_on_after(READ_S):
+            return await virtio_queries.read_physical(self._client, address, length)
+        return None
 
     async def start(self) -> None:
         """Listen, tell QEMU to migrate to us, and take its connection.

@@ -53,8 +53,15 @@ class Command:
 async def running_command(name: str, *arguments: str) -> AsyncIterator[Command]:
     """Start ``migrate-src`` or ``migrate-dst`` of this interpreter; kill it at the end."""
     program = Path(sys.executable).parent / name
+    async with running_program(str(program), *arguments) as command:
+        yield command
+
+
+@asynccontextmanager
+async def running_program(program: str, *arguments: str) -> AsyncIterator[Command]:
+    """Start any program and follow its stderr; kill it at the end."""
     process = await trio.lowlevel.open_process(
-        [str(program), *arguments], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [program, *arguments], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     command = Command(process)
     try:

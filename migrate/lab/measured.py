@@ -7,20 +7,24 @@ counters of the link's interfaces, ``/proc``, and the host's clock at both conso
 
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import trio
 
 from migrate.errors import GuestError, GuestOn, QmpInterruptedError
-from migrate.lab.console import migration_gap_ns
+from migrate.lab.console import Heartbeats, join_heartbeats, migration_gap_ns
 from migrate.lab.guest_vm import Guest
 from migrate.lab.netns import NetnsPair
 from migrate.qemu import queries
 from migrate.qemu.qmp_client import EventListener, QmpClient
+from migrate.report.report import Service, ServiceFigures
+from migrate.units import NS_PER_MS, NS_PER_S
 
 HEARTBEATS_AFTER: Final = 20
 """Heartbeats (of 200 a second) the guest must give at the destination: it really runs there."""
@@ -56,6 +60,7 @@ class Measurement:
             ``migrate`` to RESUME.
         start_cpu_s: CPU time the engine's processes had used when they said ``migrate``.
         report: The engine's own report, ``None`` natively.
+        service: What the heartbeats say of the guest's progress, see ``heartbeat_service``.
     """
 
     total_ms: float
@@ -68,6 +73,46 @@ class Measurement:
     cpu_s: float
     start_cpu_s: float
     report: dict[str, Any] | None = None
+    service: Service | None = None
+
+
+def heartbeat_service(
+    beats: Heartbeats, *, started_ns: int, stopped_ns: int, resumed_ns: int
+) -> Service:
+    """Count heartbeats per second before, in and after a migration, whichever way it went.
+
+    Rounds cannot be told apart from outside: ``rounds`` has one entry, ``all``. Heartbeats have no
+    latency.
+
+    Args:
+        beats: Of both consoles, joined; at least one.
+        started_ns: Host time of ``migrate``; ``before`` is the second before it.
+        stopped_ns: Host time of the stop.
+        resumed_ns: Host time of the resume; ``after`` lasts to the last heartbeat.
+    """
+    done_ns = beats.host_ns
+
+    def figures(from_ns: int, to_ns: int) -> ServiceFigures:
+        count = int(((done_ns >= from_ns) & (done_ns < to_ns)).sum())
+        lasted_ns = max(0, to_ns - from_ns)
+        rate = count * NS_PER_S / lasted_ns if lasted_ns else None
+        return {
+            "duration_ms": lasted_ns / NS_PER_MS,
+            "completed": count,
+            "completed_per_s": rate,
+        }
+
+    first_ns, last_ns = int(done_ns[0]), int(done_ns[-1])
+    around = done_ns[max(0, int(np.searchsorted(done_ns, stopped_ns)) - 1) :]
+    around = around[: int(np.searchsorted(around, resumed_ns)) + 1]
+    return Service(
+        unit="heartbeats/s",
+        before=figures(max(started_ns - NS_PER_S, first_ns), started_ns),
+        rounds={"all": figures(started_ns, stopped_ns)},
+        downtime=figures(stopped_ns, resumed_ns),
+        downtime_gap_ms=int(np.diff(around).max()) / NS_PER_MS if len(around) > 1 else None,
+        after=figures(resumed_ns, last_ns),
+    )
 
 
 class Stopwatch:
@@ -151,6 +196,18 @@ class Stopwatch:
             cpu_s=self._cpu_after_s - self._cpu_before_s,
             start_cpu_s=self._start_cpu_s,
             report=report,
+            service=self._service(),
+        )
+
+    def _service(self) -> Service:
+        # Events are stamped by the realtime clock, heartbeats by the monotonic one.
+        ahead_ns = time.time_ns() - time.monotonic_ns()
+        consoles = self._source.guest.console, self._destination.guest.console
+        return heartbeat_service(
+            join_heartbeats(*consoles),
+            started_ns=self._started_us * 1000 - ahead_ns,
+            stopped_ns=self._stopped_us * 1000 - ahead_ns,
+            resumed_ns=self._resumed_us * 1000 - ahead_ns,
         )
 
     def _cpu_s(self) -> float:

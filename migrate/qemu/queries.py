@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 import trio
 
 from migrate.errors import GuestError, QmpInterruptedError
+from migrate.qemu.answers import Fields, execute_list
 from migrate.qemu.qmp_client import QmpClient
 from proto.qemu.qmp import JsonValue
 
@@ -131,55 +132,6 @@ class RamBlockInfo:
     total_bytes: int
 
 
-class _Fields:
-    """Typed access to a QMP object; a missing or mistyped field names the command."""
-
-    def __init__(self, command: str, value: JsonValue) -> None:
-        if not isinstance(value, dict):
-            raise GuestError(f"unexpected answer to '{command}': {value!r:.80}")
-        self._command = command
-        self._values = value
-
-    def integer(self, name: str) -> int:
-        value = self.integer_or_none(name)
-        if value is None:
-            raise GuestError(f"answer to '{self._command}' has no '{name}'")
-        return value
-
-    def integer_or_none(self, name: str) -> int | None:
-        value = self._values.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise self._mistyped(name, value)
-        return value
-
-    def number(self, name: str) -> float:
-        value = self._values.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._mistyped(name, value)
-        return float(value)
-
-    def boolean(self, name: str) -> bool:
-        value = self._values.get(name)
-        if not isinstance(value, bool):
-            raise self._mistyped(name, value)
-        return value
-
-    def text(self, name: str) -> str:
-        value = self.text_or_none(name)
-        if value is None:
-            raise GuestError(f"answer to '{self._command}' has no '{name}'")
-        return value
-
-    def text_or_none(self, name: str) -> str | None:
-        value = self._values.get(name)
-        if value is not None and not isinstance(value, str):
-            raise self._mistyped(name, value)
-        return value
-
-    def _mistyped(self, name: str, value: object) -> GuestError:
-        return GuestError(f"'{name}' in the answer to '{self._command}' is {value!r:.80}")
-
-
 def parse_migration_status(value: JsonValue) -> MigrationStatus:
     """Read a ``query-migrate`` result.
 
@@ -187,10 +139,10 @@ def parse_migration_status(value: JsonValue) -> MigrationStatus:
         GuestError: It lacks a field or has one of another type.
     """
     command = "query-migrate"
-    fields = _Fields(command, value)
+    fields = Fields(command, value)
     ram = None
     if value.get("ram") is not None:
-        counters = _Fields(command, value["ram"])
+        counters = Fields(command, value["ram"])
         ram = RamStatus(
             transferred_bytes=counters.integer("transferred"),
             remaining_bytes=counters.integer("remaining"),
@@ -233,7 +185,7 @@ async def query_migrate_settled(client: QmpClient) -> MigrationStatus:
 
 async def query_run_state(client: QmpClient) -> RunState:
     """Ask whether the vCPUs run."""
-    fields = _Fields("query-status", await client.execute("query-status"))
+    fields = Fields("query-status", await client.execute("query-status"))
     return RunState(fields.text("status"), fields.boolean("running"))
 
 
@@ -245,8 +197,8 @@ def version_of(client: QmpClient) -> QemuVersion:
 async def query_version(client: QmpClient) -> QemuVersion:
     """Ask for the version; proves that the main loop answers, unlike ``version_of``."""
     answer = await client.execute("query-version")
-    fields = _Fields("query-version", answer)
-    numbers = _Fields("query-version", answer.get("qemu"))
+    fields = Fields("query-version", answer)
+    numbers = Fields("query-version", answer.get("qemu"))
     return QemuVersion(
         (numbers.integer("major"), numbers.integer("minor"), numbers.integer("micro")),
         fields.text_or_none("package") or "",
@@ -305,7 +257,7 @@ async def quit_qemu(client: QmpClient) -> None:
 async def query_capabilities(client: QmpClient) -> dict[str, bool]:
     """Ask which migration capabilities QEMU knows, and which of them are on."""
     command = "query-migrate-capabilities"
-    items = [_Fields(command, item) for item in await _execute_list(client, command)]
+    items = [Fields(command, item) for item in await execute_list(client, command)]
     return {item.text("capability"): item.boolean("state") for item in items}
 
 
@@ -318,7 +270,7 @@ async def set_capabilities(client: QmpClient, states: Mapping[_Name, bool]) -> N
 async def query_parameters(client: QmpClient) -> dict[str, JsonValue]:
     """Ask for all migration parameters and their values."""
     answer = await client.execute("query-migrate-parameters")
-    _Fields("query-migrate-parameters", answer)
+    Fields("query-migrate-parameters", answer)
     return dict(answer)
 
 
@@ -368,34 +320,34 @@ def parse_ram_blocks(text: JsonValue) -> tuple[RamBlockInfo, ...]:
 
 async def query_uuid(client: QmpClient) -> str | None:
     """Ask for the VM's UUID; ``None`` if it was given none."""
-    uuid = _Fields("query-uuid", await client.execute("query-uuid")).text("UUID")
+    uuid = Fields("query-uuid", await client.execute("query-uuid")).text("UUID")
     return None if set(uuid) <= {"0", "-"} else uuid.lower()
 
 
 async def query_accelerator(client: QmpClient) -> str:
     """Ask whether KVM runs the guest: ``kvm``, or else ``tcg``."""
-    fields = _Fields("query-kvm", await client.execute("query-kvm"))
+    fields = Fields("query-kvm", await client.execute("query-kvm"))
     return "kvm" if fields.boolean("enabled") else "tcg"
 
 
 async def query_ram_bytes(client: QmpClient) -> int:
     """Ask for the guest's memory in bytes, plugged DIMMs included."""
     command = "query-memory-size-summary"
-    fields = _Fields(command, await client.execute(command))
+    fields = Fields(command, await client.execute(command))
     return fields.integer("base-memory") + (fields.integer_or_none("plugged-memory") or 0)
 
 
 async def query_vcpu_paths(client: QmpClient) -> tuple[str, ...]:
     """Ask for the vCPUs' QOM paths, in order of their index."""
     command = "query-cpus-fast"
-    cpus = [_Fields(command, item) for item in await _execute_list(client, command)]
+    cpus = [Fields(command, item) for item in await execute_list(client, command)]
     cpus.sort(key=lambda cpu: cpu.integer("cpu-index"))
     return tuple(cpu.text("qom-path") for cpu in cpus)
 
 
 async def query_max_vcpus(client: QmpClient) -> int:
     """Ask how many vCPUs the machine can have, those present included."""
-    return _Fields("smp", await qom_get(client, "/machine", "smp")).integer("maxcpus")
+    return Fields("smp", await qom_get(client, "/machine", "smp")).integer("maxcpus")
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,10 +369,10 @@ async def query_pci_root_devices(client: QmpClient) -> tuple[PciFunction, ...]:
     """
     command = "query-pci"
     functions = []
-    for bus in await _execute_list(client, command):
-        bus_no = _Fields(command, bus).integer("bus")
+    for bus in await execute_list(client, command):
+        bus_no = Fields(command, bus).integer("bus")
         for item in bus.get("devices", ()):
-            place, ids = _Fields(command, item), _Fields(command, item.get("id"))
+            place, ids = Fields(command, item), Fields(command, item.get("id"))
             functions.append(
                 PciFunction(
                     bus=bus_no,
@@ -438,7 +390,7 @@ async def qom_children(client: QmpClient, path: str) -> dict[str, str]:
     answer = await client.execute("qom-list", path=path)
     if not isinstance(answer, list):
         raise GuestError(f"unexpected answer to 'qom-list': {answer!r:.80}")
-    items = [_Fields("qom-list", item) for item in answer]
+    items = [Fields("qom-list", item) for item in answer]
     return {item.text("name"): item.text("type") for item in items}
 
 
@@ -458,7 +410,7 @@ async def query_cpu_words(client: QmpClient, cpu_path: str, name: str) -> dict[s
         raise GuestError(f"unexpected value of '{name}': {answer!r:.80}")
     words = {}
     for item in answer:
-        fields = _Fields(name, item)
+        fields = Fields(name, item)
         leaf = f"{fields.integer('cpuid-input-eax'):x}"
         subleaf = fields.integer_or_none("cpuid-input-ecx")
         register = fields.text("cpuid-register")
@@ -466,10 +418,3 @@ async def query_cpu_words(client: QmpClient, cpu_path: str, name: str) -> dict[s
         if fields.integer("features"):
             words[key] = fields.integer("features")
     return words
-
-
-async def _execute_list(client: QmpClient, command: str) -> list[JsonValue]:
-    answer = await client.execute(command)
-    if not isinstance(answer, list):
-        raise GuestError(f"unexpected answer to '{command}': {answer!r:.80}")
-    return answer

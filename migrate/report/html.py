@@ -14,6 +14,7 @@ from migrate.report.summary import (
     ROUND_COLUMNS,
     guest_line,
     round_row,
+    service_row,
     share_text,
 )
 from migrate.report.svg import Segment, column_chart, segment_bar
@@ -58,6 +59,7 @@ def report_html(report: Report) -> str:
         _head(report, title),
         _figures(report),
         _downtime(report),
+        _service(report),
         _round_charts(report),
         _class_table(report),
         _round_table(report),
@@ -124,6 +126,20 @@ def _downtime(report: Report) -> str:
     ]
     title = f"Downtime {format_ms(report.downtime_ms)}"
     return f"<section><h2>{escape(title)}</h2>{segment_bar(segments)}</section>"
+
+
+def _service(report: Report) -> str:
+    service = report.service
+    if service is None:
+        return ""
+    phases = [("before", service.before)]
+    phases += [(f"round {n}", figures) for n, figures in service.rounds.items()]
+    phases += [("downtime", service.downtime), ("after", service.after)]
+    rows = [service_row(name, figures) for name, figures in phases if figures]
+    gap = service.downtime_gap_ms
+    title = "What a client noticed" + ("" if gap is None else f": gap {format_ms(gap)}")
+    head = ("phase", service.unit, "sent", "lost", "latency p50", "p99", "max")
+    return f"<section><h2>{escape(title)}</h2>{_table(head, rows)}</section>"
 
 
 def _round_charts(report: Report) -> str:

@@ -72,15 +72,29 @@ class RoundReport:
     predicted_downtime_ms: float | None = None
 
 
+ServiceFigures = dict[str, float | None]
+"""The figures of one phase; their names are in ``migrate.report.service``."""
+
+
 @dataclass(slots=True)
 class Service:
-    """What a client of the guest noticed; ``unit`` names what the figures count."""
+    """What a client of the guest noticed.
+
+    Attributes:
+        unit: What the figures count, e.g. ``requests/s``.
+        before: Figures before the first round.
+        rounds: Figures by round number, as text.
+        downtime: Requests that were under way or due while the guest stood still.
+        downtime_gap_ms: Longest time without an answer that touches the downtime.
+        after: Figures since the guest runs again.
+    """
 
     unit: str
-    before: dict[str, float] = field(default_factory=dict)
-    rounds: dict[str, float] = field(default_factory=dict)
+    before: ServiceFigures = field(default_factory=dict)
+    rounds: dict[str, ServiceFigures] = field(default_factory=dict)
+    downtime: ServiceFigures = field(default_factory=dict)
     downtime_gap_ms: float | None = None
-    after: dict[str, float] = field(default_factory=dict)
+    after: ServiceFigures = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -110,7 +124,11 @@ class Prediction:
 
 @dataclass(slots=True)
 class VirtqueueReport:
-    """State of one virtqueue at the handover; addresses are guest physical."""
+    """State of one virtqueue at the handover; addresses are guest physical.
+
+    ``used_idx`` and ``in_flight`` are ``None`` where only guest memory says them and it was not
+    known; ``consistent`` is ``None`` where it was not checked.
+    """
 
     index: int
     num: int
@@ -118,9 +136,9 @@ class VirtqueueReport:
     avail: int
     used: int
     last_avail_idx: int
-    used_idx: int
-    in_flight: int
-    consistent: bool
+    used_idx: int | None
+    in_flight: int | None
+    consistent: bool | None
 
 
 @dataclass(slots=True)

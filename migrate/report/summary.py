@@ -8,7 +8,7 @@ from typing import Final
 
 from migrate.errors import GuestOn
 from migrate.report.ledger import BYTE_KINDS, PAGE_CLASSES
-from migrate.report.report import Report, RoundReport
+from migrate.report.report import Report, RoundReport, Service, ServiceFigures
 from migrate.units import format_count, format_ms, format_rate, format_size
 
 PART_NAMES: Final = {
@@ -101,6 +101,8 @@ def _headline(report: Report) -> list[str]:
     ]
     if report.role == "source":  # the other side can't know when the guest stopped
         lines.append(_labelled("downtime", _downtime_text(report)))
+    if report.service is not None:
+        lines.append(_labelled("service", _under_each_other(service_texts(report.service))))
     wire = f"{format_size(report.wire_bytes)} for {format_size(report.page_bytes)} of pages"
     lines.append(
         _labelled("on the wire", f"{wire} ({share_text(report.wire_bytes, report.page_bytes)})")
@@ -129,6 +131,61 @@ def _downtime_text(report: Report) -> str:
     ]
     half = len(parts) // 2 + 1
     lines = [format_ms(report.downtime_ms), ", ".join(parts[:half]), ", ".join(parts[half:])]
+    return _under_each_other(lines)
+
+
+def service_texts(service: Service) -> list[str]:
+    """Tell in two lines what a client noticed: rates and the gap, then latencies."""
+    rates = [_rate_text(service.before, "before")]
+    measured = [n for n, figures in service.rounds.items() if figures.get("completed_per_s")]
+    if measured:
+        slowest = min(measured, key=lambda n: service.rounds[n].get("completed_per_s") or 0)
+        every = f"{'at worst ' if len(measured) > 1 else ''}in round {slowest}"
+        rates.append(_rate_text(service.rounds[slowest], every))
+    if service.downtime_gap_ms is not None:
+        rates.append(f"gap {format_ms(service.downtime_gap_ms)}")
+    if service.after:
+        rates.append(_rate_text(service.after, "after"))
+    phases = (
+        ("before", service.before),
+        ("downtime", service.downtime),
+        ("after", service.after),
+    )
+    waits = [
+        _latency_text(figures, name) for name, figures in phases if "latency_max_ms" in figures
+    ]
+    everything = (service.before, *service.rounds.values(), service.downtime, service.after)
+    lost = sum(figures.get("lost") or 0 for figures in everything)
+    lines = [", ".join(rates), *(["latency p50/p99/max " + ", ".join(waits)] if waits else [])]
+    return [*lines, f"{format_count(round(lost))} requests lost"] if lost else lines
+
+
+def service_row(name: str, figures: ServiceFigures) -> tuple[str, ...]:
+    """Print the figures of a phase as cells: rate, sent, lost, latency p50, p99, max."""
+    counts = [figures.get(key) for key in ("completed_per_s", "sent", "lost")]
+    waits = [figures.get(f"latency_{key}_ms") for key in ("p50", "p99", "max")]
+    return (
+        name,
+        *("-" if value is None else format_count(round(value)) for value in counts),
+        *("-" if value is None else format_ms(value) for value in waits),
+    )
+
+
+def _rate_text(figures: ServiceFigures, when: str) -> str:
+    rate = figures.get("completed_per_s")
+    return f"{'-' if rate is None else format_count(round(rate))}/s {when}"
+
+
+def _latency_text(figures: ServiceFigures, when: str) -> str:
+    found = [figures.get(f"latency_{name}_ms") for name in ("p50", "p99", "max")]
+    return f"{'/'.join('-' if ms is None else _short(ms) for ms in found)} ms {when}"
+
+
+def _short(duration_ms: float) -> str:
+    return f"{duration_ms:.0f}" if duration_ms >= 9.95 else f"{duration_ms:.1f}"
+
+
+def _under_each_other(lines: Sequence[str]) -> str:
     return f"\n{'':{_LABEL_WIDTH + 3}}".join(filter(None, lines))
 
 

@@ -75,6 +75,14 @@ class SimulatedDevice(Protocol):
         """The vCPUs have stopped: finish or freeze what is under way; schedule nothing more."""
         ...
 
+    def world_went_on(self, gap_ns: int) -> None:
+        """Tell how long the world outside has lived while the guest stood still.
+
+        Called between ``quiesce`` or ``load`` and ``start``: requests of that time wait for the
+        guest.
+        """
+        ...
+
     def save(self) -> dict[str, Any]:
         """State as plain msgpack data, queues and in-flight requests included."""
         ...

@@ -8,8 +8,9 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 import trio
 
@@ -32,6 +33,52 @@ TCP_NOTSENT_LOWAT = 25
 Buffer = bytes | bytearray | memoryview
 
 
+class LinkSocket(Protocol):
+    """What the link needs of a connection: of trio's sockets, which do it, or of others."""
+
+    async def sendmsg(
+        self,
+        buffers: Iterable[memoryview],
+        ancdata: Iterable[tuple[int, int, Buffer]],
+        flags: int,
+        /,
+    ) -> int:
+        """Send some of the buffers in order; returns how many bytes."""
+        ...
+
+    def recv_into(self, buffer: bytearray | memoryview, /) -> Awaitable[int]:
+        """Receive at least one byte; returns how many, 0 at the end of the stream."""
+        ...
+
+    def setsockopt(self, level: int, option: int, value: int, /) -> None:
+        """Tune the connection; what is not known is ignored or an ``OSError``."""
+        ...
+
+    def shutdown(self, flag: int, /) -> None:
+        """End our direction (``SHUT_WR``)."""
+        ...
+
+    def close(self) -> None:
+        """Close both directions."""
+        ...
+
+
+class LinkListener(Protocol):
+    """What migrate-dst needs of a listening socket."""
+
+    def accept(self) -> Awaitable[tuple[LinkSocket, Any]]:
+        """Wait for a connection; returns it and the peer's address, the host first."""
+        ...
+
+    def getsockname(self) -> Any:  # noqa: ANN401 - as trio's
+        """Our address: host and port first."""
+        ...
+
+    def close(self) -> None:
+        """Listen no longer."""
+        ...
+
+
 async def send_all(sock: trio.socket.SocketType, buffers: Iterable[Buffer]) -> int:
     """Send buffers in order without joining them; returns the bytes sent.
 
@@ -43,7 +90,7 @@ async def send_all(sock: trio.socket.SocketType, buffers: Iterable[Buffer]) -> i
     return total
 
 
-async def send_views(sock: trio.socket.SocketType, views: list[memoryview]) -> None:
+async def send_views(sock: LinkSocket, views: list[memoryview]) -> None:
     """Send buffers, none empty, and take them off the list; a cancelled call leaves the rest."""
     while views:
         # A socket shared with a thread may be a blocking one; here nothing ever blocks.
@@ -57,7 +104,7 @@ async def send_views(sock: trio.socket.SocketType, views: list[memoryview]) -> N
             views[0] = views[0][sent:]
 
 
-def tune_link(sock: trio.socket.SocketType) -> None:
+def tune_link(sock: LinkSocket) -> None:
     """Set a link connection up for small latency: no delays, no deep kernel queue."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, LINK_NOTSENT_BYTES)

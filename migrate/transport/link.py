@@ -11,6 +11,7 @@ from migrate.transport.channels import (
     LINK_NOTSENT_BYTES,
     TCP_NOTSENT_LOWAT,
     Buffer,
+    LinkSocket,
     reason,
     send_views,
     tune_link,
@@ -50,9 +51,7 @@ class Link:
         peer: The other end's address, for messages.
     """
 
-    def __init__(
-        self, sock: trio.socket.SocketType, connection: LinkConnection, peer: str
-    ) -> None:
+    def __init__(self, sock: LinkSocket, connection: LinkConnection, peer: str) -> None:
         tune_link(sock)
         self._sock = sock
         self._send_lock = trio.Lock()

@@ -55,6 +55,7 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
             "ram_digest": DIGEST,
             "opaque_digest": DIGEST,
             "page_count": U64,
+            "rings_checked": boolean,
         },
         FrameType.HELLO: {
             "version": U16,

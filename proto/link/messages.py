@@ -108,6 +108,7 @@ class EndOfState:
         ram_digest: Digest over the table of page digests, 16 bytes.
         opaque_digest: Digest over everything that is not pages, 16 bytes.
         page_count: Pages in the table.
+        rings_checked: Every virtio ring in use was compared with the memory that was sent.
     """
 
     frame_type: ClassVar[FrameType] = FrameType.END_OF_STATE
@@ -116,6 +117,7 @@ class EndOfState:
     ram_digest: bytes
     opaque_digest: bytes
     page_count: int
+    rings_checked: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ import migrate.pages.apply
 from migrate.cli import dst, src
 from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
+from migrate.outbound import Outbound
 from migrate.pages.page_cache import SlotStore
 from migrate.transport.link import Link
-from proto.guest_events import GuestEvent
+from proto.guest_events import PAGE_SIZE, GuestEvent, PageRun
 from proto.link.messages import DeviceStateData, EndOfState, Message
 from proto.link.pages import PageBatch
 
@@ -92,6 +93,29 @@ def flip_device_state() -> None:
     Inbound._decode = flipped  # type: ignore[method-assign]
 
 
+def corrupt_avail_ring() -> None:
+    """The page of a ring arrives from the source QEMU with another avail index.
+
+    Before anything of ours saw it: digests agree, and only the device's own state contradicts it.
+    """
+    classify = Outbound._classify
+
+    def corrupted(self: Outbound, events: list[GuestEvent]) -> object:
+        layout, pinned = self.rings._layout, self.rings._pinned
+        if layout is not None and pinned is not None:
+            avail, _ = layout.extents[1]
+            pieces = layout.physical.locate(avail + 2, 2)
+            assert isinstance(pieces, tuple)
+            page, at = divmod(pieces[0].offset, PAGE_SIZE)
+            block = pinned._names[pieces[0].block]
+            for event in events:
+                if isinstance(event, PageRun) and event.block == block:
+                    event.data[event.pages == page, at : at + 2] = 0x77
+        return classify(self, events)
+
+    Outbound._classify = corrupted  # type: ignore[assignment, method-assign]
+
+
 def slow_verify() -> None:
     """The destination takes a second to compare its digests."""
     verify = DestinationHandover._verify
@@ -112,6 +136,7 @@ FAULTS = {
         lose_frame,
         drop_batch,
         flip_device_state,
+        corrupt_avail_ring,
         slow_verify,
     )
 }

@@ -6,6 +6,7 @@ import pytest
 
 from migrate.cli.options import parse_destination, parse_source
 from migrate.params import Compress, LinkAddress, UnixAddress
+from migrate.simulation.profile import load_profile
 
 SOURCE = ["--to", "host-b:4444", "--qmp", "/run/vm/qmp"]
 DESTINATION = ["--listen", "0.0.0.0:4444"]
@@ -69,6 +70,14 @@ def test_every_source_option_arrives() -> None:
     assert driven.after == "quit"
 
 
+def test_a_simulated_guest_is_named_by_its_profile() -> None:
+    params = parse_source(["--to", "host-b:4444", "--simulate", "thrash"])
+    assert params.simulate == load_profile("thrash")
+    assert (params.qmp, params.gateway) == (None, None)
+    waiting = parse_destination([*DESTINATION, "--simulate", "--run-for", "250ms"])
+    assert (waiting.simulate, waiting.run_for_s) == (True, 0.25)
+
+
 def test_everything_behind_the_dashes_is_the_qemu_command() -> None:
     params = parse_destination(
         [*DESTINATION, "--", "qemu-system-x86_64", "--version", "--", "-m", "512"]
@@ -104,8 +113,11 @@ def test_every_destination_option_arrives() -> None:
     ("argv", "text"),
     [
         ([], "required: --to"),
-        (["--to", "host-b:4444"], "exactly one of --qmp and --gateway"),
-        ([*SOURCE, "--gateway", "unix:/run/gw"], "exactly one of --qmp and --gateway"),
+        (["--to", "host-b:4444"], "exactly one of --qmp, --gateway and --simulate"),
+        (
+            [*SOURCE, "--gateway", "unix:/run/gw"],
+            "exactly one of --qmp, --gateway and --simulate",
+        ),
         ([*SOURCE, "--downtime-limit", "300"], "argument --downtime-limit: '300' has no unit"),
         ([*SOURCE, "--max-bandwidth", "1Mbps"], "argument --max-bandwidth: '1Mbps' is ambig"),
         ([*SOURCE, "--streams", "4"], "--streams 1, got 4"),
@@ -113,7 +125,8 @@ def test_every_destination_option_arrives() -> None:
         ([*SOURCE, "--down", "300ms"], "unrecognized arguments: --down"),
         ([*SOURCE, "--gateway-mode", "9"], "octal mode"),
         ([*SOURCE, "--gateway-owner", "root:kvm"], "UID:GID as numbers"),
-        ([*SOURCE, "--simulate", "idle"], "unrecognized arguments: --simulate"),
+        ([*SOURCE, "--simulate", "idle"], "exactly one of --qmp, --gateway and --simulate"),
+        (["--to", "host-b:4444", "--simulate", "nothing"], "no profile 'nothing'"),
     ],
 )
 def test_a_source_mistake_ends_with_one_line_and_status_2(
@@ -133,9 +146,11 @@ def test_a_source_mistake_ends_with_one_line_and_status_2(
     ("argv", "text"),
     [
         ([], "required: --listen"),
-        (DESTINATION, "exactly one of '-- QEMU COMMAND', --qmp and --incoming"),
+        (DESTINATION, "exactly one of '-- QEMU COMMAND', --qmp,"),
         ([*DESTINATION, "--"], "expected a QEMU command behind '--'"),
         ([*DESTINATION, "--qmp", "/q", "--", "qemu"], "exactly one of"),
+        ([*DESTINATION, "--simulate", "--", "qemu"], "exactly one of"),
+        ([*DESTINATION, "--simulate", "--run-for", "2h"], "expected --run-for up to 3600s"),
         ([*DESTINATION, "--", "qemu", "-daemonize"], "leave out '-daemonize'"),
         ([*DESTINATION, "qemu"], "unrecognized arguments: qemu"),
     ],

@@ -119,7 +119,7 @@ def test_params_cannot_be_changed_later() -> None:
 
 @pytest.mark.parametrize("changes", [{"qmp": None}, {"gateway": UnixAddress(Path("/run/gw"))}])
 def test_a_source_has_exactly_one_way_to_its_qemu(changes: dict[str, Any]) -> None:
-    with pytest.raises(ParamsError, match="exactly one of --qmp and --gateway"):
+    with pytest.raises(ParamsError, match="exactly one of --qmp, --gateway and --simulate"):
         source(**changes)
 
 

@@ -1,0 +1,189 @@
+"""What the engine takes from its surroundings: time, threads, chance, disk and connections.
+
+Everything in ``migrate`` that a migration passes through asks here and never the operating system,
+so the same engine runs in the commands (``RealRuntime``) and on a virtual clock
+(``migrate.lab.virtual``). Waiting is not here: ``trio.sleep`` and deadlines follow the clock that
+trio was started with.
+"""
+
+import datetime
+import enum
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar, TypeVarTuple
+
+import trio
+
+from migrate.errors import MigrationError
+from migrate.params import LinkAddress
+from migrate.state_file import StateFile, check_state_dir
+from migrate.transport.channels import LinkListener, LinkSocket, connect_tcp, listen
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+ENCODE_THREADS = 2
+"""Encoders at work at a time. The choice of a codec reckons with half of the host's processors at
+most: the QEMU that is migrated from needs the others."""
+
+
+class Step(enum.Enum):
+    """Work on whole batches that is too long for the trio thread; each has threads of its own."""
+
+    CLASSIFY = "classify"
+    ENCODE = "encode"
+    DECODE = "decode"
+
+
+THREADS = {Step.CLASSIFY: 1, Step.ENCODE: ENCODE_THREADS, Step.DECODE: 1}
+"""One thread where order matters."""
+
+Costs = Sequence[tuple[str, int]]
+"""What a piece of work is made of: the codec as in ``CodecSetting`` (empty: none has a part in it)
+and raw bytes. A real processor takes what it takes; a modelled one is charged by this."""
+
+
+class Runtime(Protocol):
+    """The surroundings of one command.
+
+    Attributes:
+        processors: Processors of the host.
+    """
+
+    processors: int
+
+    def now_ns(self) -> int:
+        """Monotonic time in nanoseconds, never 0."""
+        ...
+
+    def utc(self) -> datetime.datetime:
+        """The same moment for people."""
+        ...
+
+    def random_bytes(self, count: int) -> bytes:
+        """Bytes that a peer or a guest cannot guess."""
+        ...
+
+    async def work(
+        self, step: Step, costs: Costs, function: Callable[[*Ts], T], *args: *Ts
+    ) -> tuple[T, int]:
+        """Call ``function(*args)`` beside the trio thread, not more at a time than ``THREADS``.
+
+        Args:
+            step: Whose threads do it.
+            costs: What it is made of.
+            function: Knows no trio.
+            args: Its arguments.
+
+        Returns:
+            Its result, and the processor time that it took in nanoseconds.
+        """
+        ...
+
+    def private_dir(self, parent: Path) -> AbstractContextManager[Path]:
+        """A fresh directory for this run's sockets, removed at the end if it is empty.
+
+        Raises:
+            MigrationError: It cannot be made.
+        """
+        ...
+
+    def check_state_dir(self, directory: Path) -> None:
+        """See before a migration that a handover can be recorded there.
+
+        Raises:
+            MigrationError: It cannot.
+        """
+        ...
+
+    def state_file(self, directory: Path, side: str, migration_id: bytes) -> StateFile:
+        """One side's record of one migration."""
+        ...
+
+    async def connect(self, address: LinkAddress, what: str) -> LinkSocket:
+        """Connect to the other command; ``what`` names it.
+
+        Raises:
+            ConnectError: Nothing answers there.
+        """
+        ...
+
+    async def listen(self, address: LinkAddress, what: str) -> LinkListener:
+        """Wait for the other command; raises as ``connect``."""
+        ...
+
+
+class RealRuntime:
+    """The host's clock, threads, random numbers, disk and TCP. See ``Runtime``."""
+
+    def __init__(self) -> None:
+        self.processors = os.cpu_count() or 2
+        self._limiters = {step: trio.CapacityLimiter(count) for step, count in THREADS.items()}
+
+    def now_ns(self) -> int:
+        """``CLOCK_MONOTONIC``."""
+        return time.monotonic_ns()
+
+    def utc(self) -> datetime.datetime:
+        """The host's date."""
+        return datetime.datetime.now(datetime.UTC)
+
+    def random_bytes(self, count: int) -> bytes:
+        """From the kernel."""
+        return secrets.token_bytes(count)
+
+    async def work(
+        self, step: Step, costs: Costs, function: Callable[[*Ts], T], *args: *Ts
+    ) -> tuple[T, int]:
+        """In a thread; see ``Runtime.work``."""
+        return await trio.to_thread.run_sync(
+            _timed, function, args, limiter=self._limiters[step]
+        )
+
+    @contextmanager
+    def private_dir(self, parent: Path) -> Iterator[Path]:
+        """Mode 0700. Its name begins with our process id: what a killed run left can be told."""
+        path = parent / f"{os.getpid()}-{secrets.token_hex(2)}"
+        try:
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.mkdir(mode=0o700)
+        except OSError as error:
+            raise MigrationError(
+                f"cannot make a directory for sockets in {parent}: {error.strerror}"
+            ) from error
+        try:
+            yield path
+        finally:
+            if not any(path.iterdir()):
+                path.rmdir()
+
+    def check_state_dir(self, directory: Path) -> None:
+        """Write a file there and remove it."""
+        check_state_dir(directory)
+
+    def state_file(self, directory: Path, side: str, migration_id: bytes) -> StateFile:
+        """A file that survives power loss."""
+        return StateFile(directory, side, migration_id)
+
+    async def connect(self, address: LinkAddress, what: str) -> LinkSocket:
+        """Over TCP."""
+        return await connect_tcp(address, what)
+
+    async def listen(self, address: LinkAddress, what: str) -> LinkListener:
+        """On TCP."""
+        return await listen(address, what)
+
+
+def _timed(function: Callable[[*Ts], T], args: tuple[*Ts]) -> tuple[T, int]:
+    """Call it and take the thread's processor time.
+
+    Wall time on a busy host is mostly the wait for a processor, and one unlucky batch would make a
+    codec look ten times slower than it is.
+    """
+    started_ns = time.thread_time_ns()
+    result = function(*args)
+    return result, time.thread_time_ns() - started_ns

@@ -1,0 +1,149 @@
+"""What will happen to one device, as plain data that can travel.
+
+A closure in somebody's event queue cannot be sent to another host. So a device schedules names
+with one number each (``"done", 17``) here, and only the earliest of them has a wake-up in the
+guest's scheduler.
+"""
+
+import heapq
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from migrate.simulation.base import Scheduler
+from proto.errors import MessageError
+from proto.packing import integer, record, sequence, text
+
+MAX_TIMERS: Final = 1 << 17
+"""A client may have 65536 requests under way, each with one timer."""
+
+MAX_AHEAD_NS: Final = 1 << 62
+"""More than a century; a due time can lie as far back after a long stop."""
+
+_ENTRY: Final = record(
+    integer(-MAX_AHEAD_NS, MAX_AHEAD_NS), text(32, 1), integer(0, (1 << 64) - 1)
+)
+_ENTRIES: Final = sequence(_ENTRY, MAX_TIMERS)
+
+Action = Callable[[int], None]
+
+
+class Timers:
+    """The pending events of a device on one of two clocks.
+
+    On the guest's clock a stop is no time at all. The clock outside goes on: whoever resumes the
+    guest tells by how much (``skip``), and what fell due meanwhile happens at once, in order,
+    each seeing its own instant as ``now_ns``.
+
+    Attributes:
+        actions: What each name does; filled before the first event.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.actions: dict[str, Action] = {}
+        self._scheduler = scheduler
+        self._heap: list[tuple[int, int, str, int]] = []
+        self._sequence = 0
+        self._offset_ns = 0
+        self._instant_ns: int | None = None
+        self._armed_ns: int | None = None
+        self._running = False
+        self._epoch = 0
+        self._frozen_at_ns = 0
+
+    @property
+    def now_ns(self) -> int:
+        """This clock's instant; while an event happens, the instant at which it was due."""
+        if self._instant_ns is not None:
+            return self._instant_ns
+        if not self._running:
+            return self._frozen_at_ns
+        return self._scheduler.now_ns + self._offset_ns
+
+    def after(self, delay_ns: int, name: str, number: int = 0) -> None:
+        """Have the action of that name happen ``delay_ns`` from now."""
+        due_ns = self.now_ns + delay_ns
+        self._sequence += 1
+        heapq.heappush(self._heap, (due_ns, self._sequence, name, number))
+        # While events are being lived through, the loop in _wake sees to the next wake-up.
+        if self._running and self._instant_ns is None:
+            self._arm(due_ns)
+
+    def skip(self, gap_ns: int) -> None:
+        """Let time pass on this clock while the guest stands still.
+
+        Raises:
+            ValueError: The guest is running, or time would run backwards.
+        """
+        if self._running or gap_ns < 0:
+            raise ValueError(f"cannot let {gap_ns} ns pass: running={self._running}")
+        self._frozen_at_ns += gap_ns
+
+    def freeze(self) -> None:
+        """Stop; wake-ups that the scheduler still holds will do nothing."""
+        if self._running:
+            self._frozen_at_ns = self._scheduler.now_ns + self._offset_ns
+            self._running = False
+            self._epoch += 1
+            self._armed_ns = None
+
+    def thaw(self) -> None:
+        """Go on where ``freeze`` stopped, or ``load`` says, whatever the scheduler's time is."""
+        if not self._running:
+            self._offset_ns = self._frozen_at_ns - self._scheduler.now_ns
+            self._running = True
+            if self._heap:
+                self._arm(self._heap[0][0])
+
+    def save(self) -> list[list[object]]:
+        """Describe what is pending, soonest first: nanoseconds from now, name, number."""
+        now_ns = self.now_ns
+        return [[due - now_ns, name, number] for due, _, name, number in sorted(self._heap)]
+
+    def load(self, where: str, entries: object, now_ns: int, limits: Mapping[str, int]) -> None:
+        """Take over what another instance saved; only while frozen.
+
+        Args:
+            where: Names the device in errors.
+            entries: What ``save`` gave.
+            now_ns: What this clock shows.
+            limits: For each name that is allowed, the largest number it may come with.
+
+        Raises:
+            MessageError: Not what ``save`` gives, or of another kind of device.
+        """
+        heap: list[tuple[int, int, str, int]] = []
+        for remaining_ns, name, number in _ENTRIES(where, entries):  # type: ignore[attr-defined]
+            if name not in limits:
+                raise MessageError(where, "an event of this device", repr(name))
+            if number > limits[name]:
+                raise MessageError(where, f"{name} 0 to {limits[name]}", str(number))
+            heap.append((now_ns + remaining_ns, len(heap), name, number))
+        heapq.heapify(heap)
+        self._heap = heap
+        self._sequence = len(heap)
+        self._frozen_at_ns = now_ns
+
+    def _arm(self, due_ns: int) -> None:
+        if self._armed_ns is not None and self._armed_ns <= due_ns:
+            return
+        self._armed_ns = due_ns
+        epoch = self._epoch
+        delay_ns = max(0, due_ns - self._scheduler.now_ns - self._offset_ns)
+        self._scheduler.after(delay_ns, lambda: self._wake(epoch))
+
+    def _wake(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            return
+        now_ns = self._scheduler.now_ns + self._offset_ns
+        heap, actions = self._heap, self.actions
+        try:
+            while heap and heap[0][0] <= now_ns:
+                due_ns, _, name, number = heapq.heappop(heap)
+                self._instant_ns = due_ns
+                actions[name](number)
+        finally:
+            self._instant_ns = None
+        if self._armed_ns is not None and self._armed_ns <= now_ns:
+            self._armed_ns = None
+        if heap:
+            self._arm(heap[0][0])
