@@ -14,6 +14,8 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+import trio
+
 from migrate.errors import GuestError, RingsInconsistentError
 from migrate.guests.base import DestinationGuest, SourceGuest
 from migrate.report.report import DeviceReport
@@ -25,6 +27,7 @@ from migrate.rings import (
     remembered,
     unread_extents,
 )
+from migrate.units import KIB
 from proto.errors import QemuStreamError
 from proto.guest_events import PageRun, RamBlock, RamBlocks, ZeroRun
 from proto.ring_check import Outside
@@ -33,6 +36,12 @@ from proto.virtqueue import VirtioDeviceState
 MAX_READ_EXTENTS = 256
 """Most parts of rings that are read from a stopped guest one by one; each takes about a
 millisecond of downtime."""
+
+MAX_READ_BYTES = 64 * KIB
+"""Largest part that is read; QEMU's rings have at most 1024 entries of 16 bytes."""
+
+READ_S = 1.0
+"""Longest time for all of them: the guest stands still meanwhile."""
 
 logger = logging.getLogger(__name__)
 
@@ -190,14 +199,17 @@ async def _read_all(
     guest: PhysicalMemory, extents: tuple[tuple[int, int], ...]
 ) -> dict[tuple[int, int], bytes]:
     found: dict[tuple[int, int], bytes] = {}
-    for address, length in dict.fromkeys(extents[:MAX_READ_EXTENTS]):
-        try:
-            data = await guest.read_physical(address, length)
-        except GuestError as error:
-            logger.warning("a virtio ring cannot be read: %s", error)
-            break
-        if data is not None:
-            found[address, length] = data
+    with trio.move_on_after(READ_S):
+        for address, length in dict.fromkeys(extents[:MAX_READ_EXTENTS]):
+            if length > MAX_READ_BYTES:
+                continue
+            try:
+                data = await guest.read_physical(address, length)
+            except GuestError as error:
+                logger.warning("a virtio ring cannot be read: %s", error)
+                break
+            if data is not None:
+                found[address, length] = data
     return found
 
 
