@@ -26,3 +26,7 @@ async def test_busy_guest_goes_there_and_back_undamaged(
     assert [hop.destination_version for hop in hops] == ["10.0", "7.2", "10.0"]
     assert all(hop.different_pages == 0 and hop.dumped_bytes == 131080 * 1024 for hop in hops)
     assert all(hop.report["downtime_ms"] is not None for hop in hops)
+    for hop in hops:
+        queues = [q for device in hop.report["devices"] for q in device["virtqueues"]]
+        assert len(queues) > 5
+        assert all(queue["consistent"] for queue in queues)
