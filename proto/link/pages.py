@@ -277,8 +277,11 @@ def _as_runs(numbers: Pages) -> tuple[Pages, int]:
 
     Numbers that go up by one form a run, and so does ``NOT_CACHED`` again and again.
     """
-    if len(numbers) < 3:
+    count = len(numbers)
+    if count < 3:
         return numbers, 0
+    if _is_one_run(numbers):  # nearly always, and then the rest is too dear
+        return np.array((numbers[0], count), _U32), 1
     steps = np.diff(numbers)  # unsigned: a step down is a large number, no run
     none = (numbers[1:] == NOT_CACHED) | (numbers[:-1] == NOT_CACHED)
     breaks = np.flatnonzero(np.where(none, steps != 0, steps != 1)) + 1
@@ -291,10 +294,25 @@ def _as_runs(numbers: Pages) -> tuple[Pages, int]:
     return runs.reshape(-1), len(starts)
 
 
+def _is_one_run(numbers: Pages) -> bool:
+    first, last = int(numbers[0]), int(numbers[-1])
+    if first == NOT_CACHED:
+        return bool((numbers == NOT_CACHED).all())
+    if last - first != len(numbers) - 1 or last == NOT_CACHED:
+        return False
+    return bool((numbers[1:] - numbers[:-1] == 1).all())
+
+
 def _listed(where: str, words: Pages, runs: int, count: int) -> Pages:
     """Undo ``_as_runs`` after checking that exactly ``count`` numbers come of it."""
     if not runs:
         return words
+    if runs == 1:
+        first, length = int(words[0]), int(words[1])
+        if length == count and first == NOT_CACHED:
+            return np.full(count, NOT_CACHED, np.uint32)
+        if length == count and first + count <= NOT_CACHED:
+            return np.arange(first, first + count, dtype=np.uint32)
     firsts, lengths = words[0::2].astype(np.int64), words[1::2].astype(np.int64)
     total = int(lengths.sum())
     if total != count or not lengths.all():
