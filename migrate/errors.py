@@ -156,6 +156,14 @@ class RingsInconsistentError(GuestError):
         )
         self.problems = tuple(problems)
 
+    @classmethod
+    def told(cls, message: str, *, guest_on: GuestOn) -> "RingsInconsistentError":
+        """What the other side found."""
+        error = cls(())
+        error.args = (message,)
+        error.guest_on = guest_on
+        return error
+
 
 class MigrationCancelledError(MigrationError):
     """The user, or a signal, cancelled the migration."""

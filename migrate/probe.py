@@ -138,8 +138,8 @@ class Probe:
         assert self._target is not None
         try:
             sock = await _connect(self._target)
-        except OSError as error:
-            self._last_error = error.strerror
+        except (OSError, UnicodeError) as error:  # the latter for names that IDNA refuses
+            self._last_error = getattr(error, "strerror", None) or str(error)
             self._opened.set()
             return
         with trio.socket.from_stdlib_socket(sock) as listener:

@@ -10,6 +10,7 @@ Two guards, one for each command:
 Who runs the guest: stopped at the source throughout; an inconsistency lets it go on there.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -40,8 +41,11 @@ millisecond of downtime."""
 MAX_READ_BYTES = 64 * KIB
 """Largest part that is read; QEMU's rings have at most 1024 entries of 16 bytes."""
 
-READ_S = 1.0
-"""Longest time for all of them: the guest stands still meanwhile."""
+READ_S = 0.1
+"""Longest time for all of them on one side: the guest stands still meanwhile."""
+
+LAYOUT_S = 5.0
+"""Longest time to ask where the rings are; the guest runs. A queue takes about a millisecond."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +86,8 @@ class SourceRingGuard:
     async def start(self) -> None:
         """Ask where the rings are; call before the first page. Never fails a migration."""
         try:
-            self._layout = await self._guest.ring_layout()
+            with trio.move_on_after(LAYOUT_S):
+                self._layout = await self._guest.ring_layout()
         except GuestError as error:
             logger.warning("the guest's virtio rings are not known beforehand: %s", error)
 
@@ -104,7 +109,7 @@ class SourceRingGuard:
     def all_checked(self) -> bool:
         """Whether every ring in use was found to be consistent."""
         verdict = self.verdict
-        return verdict is not None and verdict.all_good
+        return verdict is not None and bool(self._state) and verdict.all_good
 
     async def settle(self) -> None:
         """Judge all rings by what was sent; call once, when the device state is complete.
@@ -138,13 +143,17 @@ async def check_loaded(
     """Judge all rings of a loaded, paused guest by its real memory.
 
     Returns:
-        ``None`` where its memory cannot be read.
+        ``None`` where nothing can be checked, or its memory cannot be read.
     """
     decoded = _decoded(guest, state)
-    physical = await guest.physical_map(blocks) if blocks is not None else None
+    blind = judge(*decoded, _nothing)
+    if blocks is None or not blind.unchecked:
+        return None
+    physical = None
+    with trio.move_on_after(READ_S), contextlib.suppress(GuestError):
+        physical = await guest.physical_map(blocks)
     if physical is None:
         return None
-    blind = judge(*decoded, _nothing)
     found = await _read_all(guest, unread_extents(blind))
     memory = remembered(found)
 

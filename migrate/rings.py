@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from migrate.report.report import DeviceReport, VirtqueueReport
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
 from proto.qemu.physical import PhysicalMap
-from proto.ring_check import Outside, QueueCheck, RamReader, check_devices, ring_extents
+from proto.ring_check import IOMMU, Outside, QueueCheck, RamReader, check_devices, ring_extents
 from proto.virtqueue import EVENT_IDX_FEATURE, VirtioDeviceState, VirtqueueState
 
 MAX_PINNED_PAGES: Final = 4096
@@ -130,23 +130,26 @@ class RingVerdict:
 
     @property
     def unchecked(self) -> tuple[QueueCheck, ...]:
-        """Queues in use of which nothing could be said."""
-        return tuple(check for check in self.checks if check.consistent is None)
+        """Queues in use of which nothing could be said for want of guest memory."""
+        return tuple(c for c in self.checks if c.consistent is None and not c.left_out)
 
     @property
     def all_good(self) -> bool:
-        """Whether every ring that has an address was found to be consistent."""
-        used = [check for check in self.checks if check.state.desc]
-        return not self.undecoded and all(check.consistent for check in used)
+        """Whether every ring to which rules apply was found to be consistent."""
+        judged = [check for check in self.checks if not check.left_out]
+        return not self.undecoded and all(check.consistent for check in judged)
 
     def not_checked(self) -> list[str]:
-        """What a person should know was left out, at most one line."""
-        left_out = [c for c in self.checks if c.consistent is None and c.state.desc]
-        if not left_out:
-            return []
-        names = list(dict.fromkeys(check.device for check in left_out))
-        which = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
-        return [f"the virtio rings of {which}: their memory was not known"]
+        """What a person should know was left out, a line per reason."""
+        behind_iommu = [check for check in self.checks if check.left_out == IOMMU]
+        return [
+            f"the virtio rings of {_some_devices(checks)}: {reason}"
+            for checks, reason in (
+                (self.unchecked, "their memory was not known"),
+                (behind_iommu, "their addresses go through an IOMMU"),
+            )
+            if checks
+        ]
 
     def reports(self) -> list[DeviceReport]:
         """The devices with their queues, as the report has them."""
@@ -159,6 +162,11 @@ class RingVerdict:
         ]
 
 
+def _some_devices(checks: Sequence[QueueCheck]) -> str:
+    names = list(dict.fromkeys(check.device for check in checks))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+
+
 def judge(
     devices: Iterable[VirtioDeviceState], undecoded: tuple[str, ...], read: RamReader
 ) -> RingVerdict:
@@ -168,14 +176,24 @@ def judge(
 
 
 def unread_extents(verdict: RingVerdict) -> tuple[tuple[int, int], ...]:
-    """Where the rings lie that could not be checked for want of guest memory."""
+    """Where the rings lie that could not be checked for want of guest memory.
+
+    Queues that were used come first. No rule looks at a split ring's descriptors; its other two
+    parts come as one where they lie together, because each question takes a millisecond.
+    """
     events = {d.name: d.has_feature(EVENT_IDX_FEATURE) for d in verdict.devices}
-    return tuple(
-        extent
-        for check in verdict.unchecked
-        if check.state.desc
-        for extent in ring_extents(check.state, events[check.device])
-    )
+    extents: list[tuple[int, int]] = []
+    for check in sorted(verdict.unchecked, key=lambda check: check.state.last_avail_idx == 0):
+        parts = ring_extents(check.state, events[check.device])
+        extents += parts if check.state.packed else _joined(*parts[1:])
+    return tuple(extents)
+
+
+def _joined(first: tuple[int, int], second: tuple[int, int]) -> list[tuple[int, int]]:
+    gap = second[0] - (first[0] + first[1])
+    if 0 <= gap < PAGE_SIZE:
+        return [(first[0], first[1] + gap + second[1])]
+    return [first, second]
 
 
 def remembered(extents: dict[tuple[int, int], bytes]) -> Callable[[int, int], bytes | None]:

@@ -26,6 +26,7 @@ from migrate.errors import (
     PeerLostError,
     PeerProtocolError,
     PeerRefusedError,
+    RingsInconsistentError,
 )
 from migrate.guests.base import GuestProgress, SourceGuest, Whereabouts
 from migrate.guests.gateway_source import GatewaySource, open_gateway
@@ -138,7 +139,10 @@ class SourceRun:
             async with open_simulated_source(
                 params.simulate, self._runtime, downtime_limit_ms=told_ms
             ) as simulated:
-                yield simulated
+                try:
+                    yield simulated
+                finally:
+                    simulated.tell(self._session.builder.report)
         else:
             assert params.gateway is not None
             async with open_gateway(
@@ -457,7 +461,8 @@ class SourceRun:
         )
 
 
-def _gave_up(abort: messages.Abort) -> PeerRefusedError:
-    return PeerRefusedError(
-        f"the destination gave up: {abort.message}", guest_on=GuestOn(abort.guest_on)
-    )
+def _gave_up(abort: messages.Abort) -> MigrationError:
+    text, guest_on = f"the destination gave up: {abort.message}", GuestOn(abort.guest_on)
+    if abort.code == RingsInconsistentError.code:
+        return RingsInconsistentError.told(text, guest_on=guest_on)
+    return PeerRefusedError(text, guest_on=guest_on)

@@ -253,6 +253,10 @@ def run(options: argparse.Namespace) -> int:
         # Whoever reads has seen enough; the interpreter must not complain at its end either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
+    except OSError as error:
+        print(f"inspect: cannot write what was found: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DAMAGED
 
 
 def _inspect(options: argparse.Namespace, stopper: Stopper) -> int:

@@ -150,7 +150,11 @@ def open_input(name: str) -> Iterator[Input]:
         ParamsError: It is not there or not ours to read, or the address is taken.
     """
     if name == "-":
-        with open(0, "rb", buffering=0, closefd=False) as file:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(open(0, "rb", buffering=0, closefd=False))
+            except OSError as error:
+                raise ParamsError(f"cannot read standard input: {error.strerror}") from error
             yield FileInput(file)
     elif name.startswith("unix:"):
         with _listening(Path(name.removeprefix("unix:"))) as listener:

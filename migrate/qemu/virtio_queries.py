@@ -12,13 +12,14 @@ from migrate.errors import GuestError, QmpCommandError
 from migrate.qemu.answers import Fields, execute_list
 from migrate.qemu.qmp_client import QmpClient
 from proto.errors import QmpProtocolError
-from proto.qemu.hmp import parse_memory_bytes
+from proto.qemu.hmp import memory_line, parse_memory
 from proto.qemu.physical import PhysicalMap, parse_mtree
 from proto.virtqueue import MAX_QUEUES, VirtqueueState
 
 MAX_READ_PHYSICAL_BYTES: Final = 65536
 """Most guest memory in one question: 8192 lines of the monitor's text."""
 
+_NO_DEVICES: Final = re.compile(r"(?i)no virtio devices")
 _NO_SUCH_QUEUE: Final = re.compile(r"(?i)invalid|number")
 
 
@@ -50,6 +51,8 @@ async def query_virtio(client: QmpClient) -> tuple[VirtioDevice, ...] | None:
     except QmpCommandError as error:
         if error.error_class == "CommandNotFound":
             return None
+        if _NO_DEVICES.search(error.desc):
+            return ()  # QEMU 10.0 calls that an error
         raise
     devices = []
     for item in listed:
@@ -61,9 +64,10 @@ async def query_virtio(client: QmpClient) -> tuple[VirtioDevice, ...] | None:
 async def _device(client: QmpClient, path: str) -> VirtioDevice:
     command = "x-query-virtio-status"
     status = Fields(command, await client.execute(command, path=path))
+    ask = _vhost_queue if status.boolean("vhost-started") else _queue
     queues = []
     for index in range(min(status.integer("num-vqs"), MAX_QUEUES)):
-        queue = await _queue(client, path, index)
+        queue = await ask(client, path, index)
         if queue is None:
             break
         if queue.desc:
@@ -81,17 +85,39 @@ async def _queue(client: QmpClient, path: str, index: int) -> VirtqueueState | N
             return None
         raise
     fields = Fields(command, answer)
-    # With vhost the kernel or another process has the indices; the addresses are QEMU's.
-    last_avail = fields.integer_or_none("last-avail-idx")
     return VirtqueueState(
         index=index,
         num=fields.integer("vring-num"),
         desc=fields.integer("vring-desc"),
         avail=fields.integer("vring-avail"),
         used=fields.integer("vring-used"),
-        last_avail_idx=last_avail or 0,
+        last_avail_idx=fields.integer_or_none("last-avail-idx") or 0,
         used_idx=fields.integer("used-idx"),
         in_flight=fields.integer("inuse"),
+    )
+
+
+async def _vhost_queue(client: QmpClient, path: str, index: int) -> VirtqueueState | None:
+    """Ask for a queue whose data path is outside of QEMU: only its place.
+
+    Never with the other command, which asks a vhost-user back-end for its indices, and that stops
+    the ring of the running guest for good.
+    """
+    command = "x-query-virtio-vhost-queue-status"
+    try:
+        answer = await client.execute(command, path=path, queue=index)
+    except QmpCommandError as error:
+        if _NO_SUCH_QUEUE.search(error.desc):
+            return None
+        raise
+    fields = Fields(command, answer)
+    return VirtqueueState(
+        index=index,
+        num=fields.integer("num"),
+        desc=fields.integer("desc-phys"),
+        avail=fields.integer("avail-phys"),
+        used=fields.integer("used-phys"),
+        last_avail_idx=0,
     )
 
 
@@ -121,9 +147,9 @@ async def read_physical(client: QmpClient, address: int, length: int) -> bytes |
     """
     if not 0 < length <= MAX_READ_PHYSICAL_BYTES:
         raise ValueError(f"expected 1 to {MAX_READ_PHYSICAL_BYTES} bytes, got {length}")
-    text = await _monitor(client, f"xp /{length}xb {address:#x}")
+    text = await _monitor(client, memory_line(address, length))
     try:
-        return parse_memory_bytes(text, address, length)
+        return parse_memory(text, address, length)
     except QmpProtocolError:
         return None
 

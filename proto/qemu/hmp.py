@@ -8,15 +8,34 @@ from typing import Final
 
 from proto.errors import QmpProtocolError
 
-_ROW: Final = re.compile(r"([0-9a-f]{1,16}):((?: 0x[0-9a-f]{2})+)")
+WORD_BYTES: Final = 8
+
+_ROW: Final = re.compile(r"([0-9a-f]{1,16}):((?: 0x[0-9a-f]{16})+)")
 
 
-def parse_memory_bytes(text: str, address: int, length: int) -> bytes:
-    """Read the bytes out of what ``xp /Nxb ADDRESS`` printed.
+def memory_line(address: int, length: int) -> str:
+    """The monitor's line that prints these bytes: whole words, half the text of single bytes."""
+    first, words = _words(address, length)
+    return f"xp /{words}xg {first:#x}"
+
+
+def parse_memory(text: str, address: int, length: int) -> bytes:
+    """Read the bytes out of what ``memory_line`` made QEMU print, on a little-endian target.
 
     Raises:
         QmpProtocolError: It is anything else, or not these bytes ("Cannot access memory").
     """
+    first, words = _words(address, length)
+    data = _parse_words(text, first, words * WORD_BYTES)
+    return data[address - first : address - first + length]
+
+
+def _words(address: int, length: int) -> tuple[int, int]:
+    first = address - address % WORD_BYTES
+    return first, (address + length - first + WORD_BYTES - 1) // WORD_BYTES
+
+
+def _parse_words(text: str, address: int, length: int) -> bytes:
     out = bytearray()
     for line in text.split("\r\n" if "\r" in text else "\n"):
         if not line:
@@ -25,7 +44,7 @@ def parse_memory_bytes(text: str, address: int, length: int) -> bytes:
         if row is None or int(row[1], 16) != address + len(out):
             expected = f"bytes of guest memory at {address + len(out):#x}"
             raise QmpProtocolError("xp", expected, repr(line[:60]))
-        out += bytes(int(item, 16) for item in row[2].split())
+        out += b"".join(int(item, 16).to_bytes(8, "little") for item in row[2].split())
         if len(out) > length:
             break
     if len(out) != length:

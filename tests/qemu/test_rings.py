@@ -179,4 +179,12 @@ async def test_rings_of_a_gateway_source_are_read_from_the_loaded_guest(
         assert kinds(pair.report("src.json")) == DEVICES
         assert verdicts(pair.report("src.json")) == {None}
         assert pair.report("src.json")["not_checked"] != []
-        assert verdicts(pair.report("dst.json")) == {True}
+        # Reading takes time, so it is bounded, and queues that were never used come last.
+        used = [
+            queue
+            for device in pair.report("dst.json")["devices"]
+            for queue in device["virtqueues"]
+            if queue["last_avail_idx"]
+        ]
+        assert len(used) >= 5
+        assert all(queue["consistent"] for queue in used)

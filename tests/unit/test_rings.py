@@ -129,6 +129,24 @@ def test_a_ring_that_was_set_up_anew_is_read_from_the_stopped_guest() -> None:
     assert verdict.problems == ()
 
 
+def test_parts_that_lie_together_are_asked_for_at_once_and_used_queues_first() -> None:
+    idle = replace(QUEUE, index=1, avail=0x2000, used=0x2000 + 520, last_avail_idx=0)
+    used = replace(QUEUE, index=2, avail=0x4000, used=0x4000 + 520)
+    device = replace(DEVICE, virtqueues=(idle, used))
+    blind = judge([device], (), lambda _address, _length: None)
+    assert unread_extents(blind) == ((0x4000, 520 + 2052), (0x2000, 520 + 2052))
+
+
+def test_rings_behind_an_iommu_are_left_out_and_said_to_be() -> None:
+    device = replace(DEVICE, features=1 << 33)
+    verdict = judge([device], (), pinned_with(6, 5).reader())
+    assert (verdict.problems, unread_extents(verdict)) == ((), ())
+    assert verdict.all_good
+    assert verdict.not_checked() == [
+        "the virtio rings of 0000:00:02.0/virtio-net: their addresses go through an IOMMU"
+    ]
+
+
 def test_a_device_without_queues_is_reported_without_any() -> None:
     idle = replace(DEVICE, virtqueues=(), name="0000:00:03.0/virtio-rng")
     verdict = judge([idle], ("one is not understood",), PinnedPages(LAYOUT, BLOCKS).reader())
