@@ -25,6 +25,7 @@ from migrate.guests.base import DestinationGuest
 from migrate.guests.incoming_destination import open_incoming_destination
 from migrate.guests.qemu_destination import START_S, open_qemu_destination
 from migrate.guests.simulated_destination import open_simulated_destination
+from migrate.guests.simulated_facts import COUNTS_EVENT, settled_counts
 from migrate.handover import DestinationHandover
 from migrate.hello import Agreement, answer_hello, reported_commit
 from migrate.inbound import Inbound
@@ -35,6 +36,7 @@ from migrate.report.report import Report
 from migrate.ring_guard import settle_verdict
 from migrate.rings import RingVerdict
 from migrate.session import PROGRESS_S, Session, most_telling, told_or_bug
+from migrate.simulation.guest import SimulatedGuest
 from migrate.state_file import ABORTED, StateFile
 from migrate.transport.channels import LinkSocket
 from migrate.transport.link import Link
@@ -123,9 +125,11 @@ class DestinationRun:
             async with open_simulated_destination(
                 self._runtime, run_for_s=params.run_for_s
             ) as simulated:
-                yield simulated
-                report = self._session.builder.report
-                report.guest_clock_jump_ms = simulated.clock_jump_ms
+                try:
+                    yield simulated
+                finally:
+                    simulated.tell(self._session.builder.report)
+                self._trace_counts(simulated.guest)
         elif params.qmp is not None:
             async with open_qemu_destination(params.qmp, run_dir) as attached:
                 yield attached
@@ -133,6 +137,12 @@ class DestinationRun:
             assert params.qemu_argv is not None
             async with self._owned_qemu(run_dir) as owned:
                 yield owned
+
+    def _trace_counts(self, guest: SimulatedGuest | None) -> None:
+        """Write down what a simulated guest that lived here counted; its life is over."""
+        if guest is not None and self._session.traced:
+            for values in settled_counts(guest):
+                self._session.trace(COUNTS_EVENT, **values)
 
     @asynccontextmanager
     async def _owned_qemu(self, run_dir: Path) -> AsyncIterator[DestinationGuest]:

@@ -24,6 +24,7 @@ MIN_BANDWIDTH_BPS: Final = 12_500
 MAX_DOWNTIME_LIMIT_MS: Final = 2_000_000
 """QEMU refuses a ``downtime-limit`` above 2000 seconds."""
 
+DEFAULT_RUN_FOR_S: Final = 1.0
 MAX_RUN_FOR_S: Final = 3600
 """A simulated guest ends with its command; an hour is longer than any experiment."""
 
@@ -356,7 +357,7 @@ class DestinationParams:
     qmp: Path | None = None
     incoming: SocketAddress | None = None
     simulate: bool = False
-    run_for_s: float = 1.0
+    run_for_s: float = DEFAULT_RUN_FOR_S
     cache_max_bytes: int = 1 * GIB
     allow_inconsistent_rings: bool = False
     state_dir: Path
@@ -372,8 +373,10 @@ class DestinationParams:
             )
         if not 0 <= self.run_for_s <= MAX_RUN_FOR_S:
             raise ParamsError(
-                f"expected --run-for up to {MAX_RUN_FOR_S}s, got {self.run_for_s}s"
+                f"expected --run-for up to {MAX_RUN_FOR_S}s, got {self.run_for_s:g}s"
             )
+        if self.run_for_s != DEFAULT_RUN_FOR_S and not self.simulate:
+            raise ParamsError("--run-for only works with --simulate")
         if self.qemu_argv is not None:
             _check_qemu_argv(self.qemu_argv)
         if self.qmp is not None:
@@ -422,7 +425,7 @@ def _check_cache(n_bytes: int, option: str) -> None:
 
 def _check_positive(seconds: float, option: str) -> None:
     if not seconds > 0:
-        raise ParamsError(f"expected {option} above zero, got {seconds}s")
+        raise ParamsError(f"expected {option} above zero, got {seconds:g}s")
 
 
 def _check_qemu_argv(argv: tuple[str, ...]) -> None:

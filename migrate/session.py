@@ -78,6 +78,11 @@ class Session:
         self._trace.event(name, self.runtime.now_ns(), **values)
 
     @property
+    def traced(self) -> bool:
+        """Whether trace events go anywhere."""
+        return self._trace.enabled
+
+    @property
     def elapsed_ms(self) -> float:
         """Milliseconds since the start."""
         return (self.runtime.now_ns() - self.started_ns) / 1e6

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from migrate.cli.options import installed_version
 from migrate.errors import ParamsError
 from migrate.lab import inspect
 
@@ -23,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Look into migrations and try them out.",
         allow_abbrev=False,
     )
+    version = f"{parser.prog} {installed_version()}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     command = commands.add_parser(
         "inspect",

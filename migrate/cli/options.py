@@ -5,6 +5,7 @@ reported (one line on stderr, exit status 2). What a value may be is decided in 
 """
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +24,8 @@ from migrate.params import (
     default_state_dir,
     parse_socket_address,
 )
-from migrate.simulation.profile import load_profile, shipped_names
+from migrate.simulation.guest import SimulatedGuest
+from migrate.simulation.profile import Profile, load_profile, shipped_names
 from migrate.units import NS_PER_MS, NS_PER_S, parse_duration_ns, parse_rate, parse_size
 
 T = TypeVar("T")
@@ -48,7 +50,7 @@ def source_parser() -> argparse.ArgumentParser:
     """Build the parser of ``migrate-src``; ``parse_source`` is what commands use."""
     parser = _parser(
         "migrate-src",
-        "Migrate a running QEMU guest to the host where migrate-dst waits.",
+        "Migrate a running QEMU guest, or a simulated one, to where migrate-dst waits.",
         "Sizes are written 512MiB, rates 200Mbit, times 300ms or 5s. The exit status is 0 only "
         "when the guest is on the destination in the state it had.",
     )
@@ -77,7 +79,7 @@ def _add_source_ways(parser: argparse.ArgumentParser) -> None:
         help="listen on tcp:HOST:PORT or unix:PATH; whoever owns QEMU says 'migrate' to it",
     )  # fmt: skip
     group.add_argument(
-        "--simulate", metavar="PROFILE", type=_checked(load_profile),
+        "--simulate", metavar="PROFILE", type=_checked(_parse_profile),
         help="simulate a guest instead: a TOML file, or one of " + ", ".join(shipped_names()),
     )  # fmt: skip
     group.add_argument(
@@ -153,10 +155,11 @@ def destination_parser() -> argparse.ArgumentParser:
     """Build the parser of ``migrate-dst``; ``parse_destination`` is what commands use."""
     parser = _parser(
         "migrate-dst",
-        "Wait for migrate-src and load the guest it sends into a QEMU on this host.",
+        "Wait for migrate-src and load the guest it sends into a QEMU on this host, or "
+        "simulate it here.",
         "Everything behind '--' is the command of a QEMU to start, written as on the source; "
         "migrate-dst adds -S, -incoming defer and a QMP socket.",
-        usage="migrate-dst --listen HOST:PORT [option ...] "
+        usage="migrate-dst --listen HOST:PORT [option ...]\n                   "
         "(-- QEMU COMMAND | --qmp SOCKET | --incoming ADDRESS | --simulate)",
     )
     parser.add_argument(
@@ -188,7 +191,7 @@ def destination_parser() -> argparse.ArgumentParser:
         "--hello-timeout", metavar="TIME", type=_checked(_parse_s), default="10s",
         help="how long a new connection may take to introduce itself",
     )  # fmt: skip
-    group = parser.add_argument_group("directories")
+    group = parser.add_argument_group("the handover")
     _add_rings(group)
     _add_state_dir(group)
     group.add_argument(
@@ -272,7 +275,7 @@ def _parser(
         prog=prog, description=description, epilog=epilog, usage=usage,
         formatter_class=_HelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"{prog} {_version()}")
+    parser.add_argument("--version", action="version", version=f"{prog} {installed_version()}")
     return parser
 
 
@@ -329,6 +332,17 @@ def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
     return convert
 
 
+def _parse_profile(text: str) -> Profile:
+    """Read a profile and build its devices once: what they refuse is a wrong option."""
+    profile = load_profile(text)
+    try:
+        with contextlib.suppress(MemoryError):  # told with what it was needed for
+            SimulatedGuest(profile)
+    except ParamsError as error:
+        raise ParamsError(f"profile {text}: {error}") from error
+    return profile
+
+
 def _parse_ms(text: str) -> int:
     return parse_duration_ns(text) // NS_PER_MS
 
@@ -351,7 +365,8 @@ def _parse_mode(text: str) -> int:
         raise ValueError(f"expected an octal mode such as 660, got '{text}'") from error
 
 
-def _version() -> str:
+def installed_version() -> str:
+    """The version of this package, for people."""
     try:
         return version("precopy")
     except PackageNotFoundError:

@@ -14,12 +14,14 @@ from migrate.errors import GuestError, GuestOn
 from migrate.guests.base import Facts
 from migrate.guests.simulated_facts import simulated_facts, simulated_virtio
 from migrate.guests.simulated_source import BLOCK_NAME, RAM_START
+from migrate.report.report import Report
 from migrate.runtime import Runtime
 from migrate.simulation.clock import Now, wall_clock
 from migrate.simulation.driver import REAL_TIME, GuestDriver, Pace, pace_of
 from migrate.simulation.guest import SimulatedGuest, load_guest
 from migrate.simulation.profile import MAX_RAM_BYTES
 from migrate.simulation.ram import SimulatedRam
+from migrate.simulation.service_link import GuestService
 from migrate.units import NS_PER_MS
 from proto.errors import RemoteProtocolError
 from proto.guest_events import (
@@ -63,6 +65,8 @@ class SimulatedDestination:
         self._marked = 0
         self._news = trio.Event()
         self._runs = False
+        self._ran = False
+        self._service = GuestService()
         self._living = trio.CancelScope()
         self._driver: GuestDriver | None = None
         self._arrived: tuple[VirtioDeviceState, ...] = ()
@@ -184,11 +188,20 @@ class SimulatedDestination:
         if self.ram is None:
             raise GuestError("a guest without memory arrived")
         try:
-            self.guest = load_guest(state, self.ram, now_ns=self._now_ns, wall_ns=self._wall_ns)
+            guest = load_guest(
+                state,
+                self.ram,
+                now_ns=self._now_ns,
+                wall_ns=self._wall_ns,
+                completed=self._service.completed,
+            )
+            if guest.service_state is not None:
+                self._service.take(guest, guest.service_state)
         except RemoteProtocolError as error:
             raise GuestError(f"the simulated guest's state: {error}") from error
-        self._arrived = simulated_virtio(self.guest)
-        self._driver = GuestDriver(self.guest, self._now_ns, self._pace)
+        self.guest = guest
+        self._arrived = simulated_virtio(guest)
+        self._driver = GuestDriver(guest, self._now_ns, self._pace)
 
     async def load_end(self) -> None:
         """Nothing follows the state."""
@@ -199,8 +212,9 @@ class SimulatedDestination:
         await trio.lowlevel.checkpoint()
         assert self.guest is not None, "load_devices() comes first"
         assert self._driver is not None
-        self._runs = True
+        self._runs = self._ran = True
         self.guest.resume()
+        self._service.runs(self.guest)
         self._nursery.start_soon(self._live)
         return run_state
 
@@ -230,6 +244,12 @@ class SimulatedDestination:
                 self._driver.catch_up()
             self.guest.stop()
             self._runs = False
+
+    def tell(self, report: Report) -> None:
+        """Put what was measured of a guest that ran here into the report; it ends with this."""
+        report.guest_clock_jump_ms = self.clock_jump_ms
+        if self._ran and self.guest is not None:
+            self._service.tell(report, self.guest)
 
 
 @asynccontextmanager

@@ -6,7 +6,14 @@ from typing import Any, Final
 from migrate.qemu.preflight import Difference, Severity
 from migrate.simulation.guest import SimulatedGuest
 from migrate.simulation.virtio.device import VirtioDevice
+from migrate.units import NS_PER_S
 from proto.virtqueue import VirtioDeviceState
+
+COUNTS_EVENT: Final = "simulated device"
+"""Trace event with everything that one device counted."""
+
+SETTLE_NS: Final = NS_PER_S
+"""Guest time in which what was asked for is answered; a lost packet is sent again after 200 ms."""
 
 FACTS_VERSION: Final = 1
 """Of everything that two simulated sides must agree on besides the link protocol."""
@@ -46,3 +53,17 @@ def compare_simulated(
 def simulated_virtio(guest: SimulatedGuest) -> tuple[VirtioDeviceState, ...]:
     """Describe a guest's virtio devices like those of a QEMU."""
     return tuple(d.device_state() for d in guest.devices if isinstance(d, VirtioDevice))
+
+
+def settled_counts(guest: SimulatedGuest) -> Iterator[dict[str, Any]]:
+    """Let a guest at its end answer what it was asked, and tell what each device counted.
+
+    Guest time passes at once. What is outstanding afterwards is lost.
+    """
+    for device in guest.devices:
+        device.drain()
+    guest.resume()
+    guest.run_until(guest.queue.now_ns + SETTLE_NS)
+    guest.stop()
+    for device in guest.devices:
+        yield {"device": device.name, "kind": device.kind, "counts": device.statistics()}

@@ -17,6 +17,7 @@ from migrate.control.convergence import ConvergenceWatch, Sync
 from migrate.errors import GuestOn, NotConvergedError
 from migrate.guests.base import Facts, GuestProgress, Whereabouts
 from migrate.guests.simulated_facts import simulated_facts, simulated_virtio
+from migrate.report.report import Report
 from migrate.rings import RingLayout
 from migrate.runtime import Runtime
 from migrate.simulation.clock import Now, wall_clock
@@ -24,6 +25,7 @@ from migrate.simulation.driver import GuestDriver, Pace, pace_of
 from migrate.simulation.guest import SimulatedGuest
 from migrate.simulation.profile import Profile
 from migrate.simulation.ram import Pages
+from migrate.simulation.service_link import GuestService
 from migrate.units import NS_PER_MS, NS_PER_S
 from proto.guest_events import (
     MAX_RUN_PAGES,
@@ -56,6 +58,10 @@ MIN_WINDOW_BURSTS: Final = 4
 ZERO_RECORD_BYTES: Final = 9
 """What a zero page counts in QEMU's bandwidth: its record."""
 
+AFTERMATH_NS: Final = NS_PER_S
+"""Guest time in which a guest that stays shows how its service recovers; what of it has not passed
+when the command ends is lived through at once."""
+
 NO_PAGES: Final = np.empty(0, np.uint32)
 
 
@@ -70,9 +76,26 @@ class SimulatedSource:
     return_path = True
 
     def __init__(
-        self, guest: SimulatedGuest, now_ns: Now, *, downtime_limit_ms: int, pace: Pace
+        self,
+        guest: SimulatedGuest,
+        now_ns: Now,
+        *,
+        downtime_limit_ms: int,
+        pace: Pace,
+        service: GuestService | None = None,
     ) -> None:
+        """Take a guest that runs.
+
+        Args:
+            guest: The guest.
+            now_ns: Monotonic time.
+            downtime_limit_ms: How long sending what remains at the switchover may take.
+            pace: How its time is tied to the clock.
+            service: What it has reported to since its power-on.
+        """
         self.guest = guest
+        self._service = service or GuestService()
+        self._stays_since_ns: int | None = None
         self.name = f"the simulated guest '{guest.profile.name}'"
         self.was_running: bool | None = True
         self.stopped_at_ns: int | None = None
@@ -154,6 +177,7 @@ class SimulatedSource:
 
     def _begin(self) -> RamBlocks:
         self._begun = True
+        self._service.round_begins(self.guest, 0)
         self.guest.harvest()
         self._walk.add(self.guest.ram.present_pages())
         self._meter.start()
@@ -182,6 +206,7 @@ class SimulatedSource:
             self._stop()
             return [Switchover()]
         self._round_no += 1
+        self._service.round_begins(self.guest, self._round_no)
         return [RoundEnd(self._round_no - 1)]
 
     def _sync(self) -> None:
@@ -241,11 +266,13 @@ class SimulatedSource:
     def _stop(self) -> None:
         self.guest.stop()
         self.stopped_at_ns = self._now_ns()
+        self._service.stopped(self.guest)
         # What the devices wrote while they came to rest.
         self._walk.add(self.guest.harvest())
 
     def _end(self) -> list[GuestEvent]:
-        return [DeviceState(self.guest.save()), End("running")]
+        state = self.guest.save(self._service.to_state())
+        return [DeviceState(state), End("running")]
 
     async def answer(self, message: bytes) -> None:
         """Nothing: only a QEMU has a return path."""
@@ -267,15 +294,28 @@ class SimulatedSource:
     async def go_on(self) -> Whereabouts:
         """Let the guest go on here."""
         await trio.lowlevel.checkpoint()
+        self._driver.catch_up()
         if self.stopped_at_ns is not None:
             self.stopped_at_ns = None
             self.guest.resume()
+        self._service.runs(self.guest)
+        self._stays_since_ns = self.guest.queue.now_ns
         text = "the simulated guest runs at the source, until this command ends"
         return Whereabouts(GuestOn.SOURCE, text, "running")
 
     async def finish(self, *, quit_guest: bool) -> None:
         """Nothing: it ends with this command."""
         await trio.lowlevel.checkpoint()
+
+    def tell(self, report: Report) -> None:
+        """Put what was measured of the guest into the report; it ends with this.
+
+        A guest that stays after rounds has lived on for ``AFTERMATH_NS`` at least.
+        """
+        guest, since_ns = self.guest, self._stays_since_ns
+        if self._begun and since_ns is not None:
+            guest.run_until(max(guest.queue.now_ns, since_ns + AFTERMATH_NS))
+        self._service.tell(report, guest, left=self.stopped_at_ns is not None)
 
 
 class DirtyWalk:
@@ -370,10 +410,20 @@ async def open_simulated_source(
         ParamsError: The profile names a device that there is not.
     """
     now_ns = runtime.now_ns
-    guest = SimulatedGuest(profile, now_ns=now_ns, wall_ns=wall_clock(runtime.utc))
+    service = GuestService()
+    guest = SimulatedGuest(
+        profile,
+        now_ns=now_ns,
+        wall_ns=wall_clock(runtime.utc),
+        completed=service.completed,
+    )
     guest.power_on()
     source = SimulatedSource(
-        guest, now_ns, downtime_limit_ms=downtime_limit_ms, pace=pace_of(runtime)
+        guest,
+        now_ns,
+        downtime_limit_ms=downtime_limit_ms,
+        pace=pace_of(runtime),
+        service=service,
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(source.run)

@@ -7,12 +7,9 @@ its own disk, and the time between its heartbeats is taken by the host that read
 import argparse
 import contextlib
 import os
-import shlex
 import signal
-import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,19 @@ from migrate.errors import GuestError, MigrationError
 from migrate.lab import guest_image
 from migrate.lab.commands import Command, running_command
 from migrate.lab.console import ConsoleLog, DiskReport, follow_console, join_heartbeats
+from migrate.lab.demo_simulated import PROFILE, SimulatedDemo
+from migrate.lab.demo_stage import (
+    DemoBody,
+    Fact,
+    judge,
+    run_demo,
+    run_source,
+    say,
+    show,
+    step,
+    tell,
+    tell_failure,
+)
 from migrate.lab.guest_vm import (
     Guest,
     GuestConfig,
@@ -37,7 +47,6 @@ from migrate.lab.guest_vm import (
 from migrate.lab.qemu_binaries import find_installed
 from migrate.qemu import queries
 from migrate.qemu.qmp_client import open_qmp
-from migrate.session import most_telling
 
 KVM_BOOT_S: Final = 5.0
 """Longest boot under a KVM that works; some machines only look as if they had one."""
@@ -49,25 +58,11 @@ WARM_UP_HEARTBEATS: Final = 400
 DISK_BLOCKS: Final = 40
 """Blocks the guest must write and verify on the destination: two seconds of its disk work."""
 
-END_BY_ITSELF_S: Final = 2.0
-"""A Ctrl-C reaches migrate-src too; a second signal would cut its clean end short."""
-
-COLUMNS: Final = 78
-BANDWIDTH: Final = "400Mbit"
 WORKLOAD: Final = Workload(
     static_mib=144, wws_mib=64, rate_pages_per_s=6000, check_pages_per_s=20000
 )
 RAM_KIB: Final = 327688
 """Not a multiple of 256 KiB: QEMU 7.2 under TCG loses dirty pages of such RAM."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """One line of the proof."""
-
-    name: str
-    good: bool
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,47 +84,41 @@ def main() -> int:
     """Run the demo; the exit code is 0 only if the guest arrived and the proof holds."""
     parser = argparse.ArgumentParser(
         prog="tools/demo",
-        description="Migrate a busy Linux guest between two QEMUs of this machine.",
+        allow_abbrev=False,
+        description="Migrate a busy Linux guest between two QEMUs of this machine, or a simulated "
+        "one without QEMU.",
         epilog="All other options go to migrate-src, e.g. --max-bandwidth 1Gbit, "
         "--downtime-limit 1s or --html report.html.",
     )
-    _, source_options = parser.parse_known_args()
+    parser.add_argument(
+        "--simulate",
+        nargs="?",
+        const=PROFILE,
+        metavar="PROFILE",
+        help=f"without QEMU: migrate a simulated guest (a TOML file, or a name as {PROFILE}, which "
+        "is the default)",
+    )
+    options, source_options = parser.parse_known_args()
     try:
-        guest_image.build()
+        demo = _demo_of(options.simulate)
         with tempfile.TemporaryDirectory(prefix="pc-", ignore_cleanup_errors=True) as folder:
-            return _run_in(Path(folder), source_options)
+            return run_demo(demo, Path(folder), source_options)
     except MigrationError as error:
-        _say(f"tools/demo: error: {error}")
+        say(f"tools/demo: error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        _say("tools/demo: interrupted")
+        say("tools/demo: interrupted")
         return 128 + signal.SIGINT
 
 
-def _run_in(folder: Path, source_options: Sequence[str]) -> int:
-    try:
-        return trio.run(_until_signal, folder, source_options)
-    except (trio.TooSlowError, BaseExceptionGroup) as error:
-        raise most_telling(error) from error
+def _demo_of(profile: str | None) -> DemoBody:
+    if profile is not None:
+        return SimulatedDemo(profile).run
+    guest_image.build()
+    return migrate_linux
 
 
-async def _until_signal(folder: Path, source_options: Sequence[str]) -> int:
-    """Let SIGTERM and a closed terminal end the demo as cleanly as Ctrl-C does."""
-    status = 128 + signal.SIGTERM
-    async with trio.open_nursery() as nursery:
-
-        async def watch() -> None:
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
-                await anext(signals)
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(watch)
-        status = await demo(folder, source_options)
-        nursery.cancel_scope.cancel()
-    return status
-
-
-async def demo(folder: Path, source_options: Sequence[str]) -> int:
+async def migrate_linux(folder: Path, source_options: Sequence[str]) -> int:
     """Boot, migrate, prove, clean up; returns an exit code.
 
     Args:
@@ -140,13 +129,13 @@ async def demo(folder: Path, source_options: Sequence[str]) -> int:
     config = GuestConfig(
         ram_kib=RAM_KIB, disk=make_disk(folder / "disk.img", 64), workload=WORKLOAD
     )
-    _tell(
+    tell(
         "A Linux guest moves from one QEMU to another while it works. Both QEMUs are on this "
         "machine; the link between them is held at a limited speed."
     )
     accel = "kvm" if await _boots_under_kvm(config, folder) else "tcg"
     version = ".".join(map(str, binary.version))
-    _step(
+    step(
         f"1. Boot the guest in QEMU {version} with {accel.upper()}: {RAM_KIB >> 10} MiB of RAM; "
         "virtio network, disk, balloon, serial console and random numbers."
     )
@@ -156,7 +145,7 @@ async def demo(folder: Path, source_options: Sequence[str]) -> int:
     async with running_guest(config, binary, source_folder, accel=accel) as source:
         with trio.fail_after(BOOT_S):
             await source.console.wait_ready()
-            _tell(
+            tell(
                 f"Up after {time.monotonic() - started:.1f} s. Every second it writes to "
                 f"{WORKLOAD.rate_pages_per_s} pages of memory and {WORKLOAD.disk_hz} blocks of "
                 f"disk, and says {WORKLOAD.heartbeat_hz} times that it is alive.",
@@ -170,7 +159,7 @@ async def _boots_under_kvm(config: GuestConfig, folder: Path) -> bool:
     """Try it: that /dev/kvm can be opened says little inside a virtual machine."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
-    _tell("(There is a /dev/kvm; trying whether a guest boots under it.)")
+    tell("(There is a /dev/kvm; trying whether a guest boots under it.)")
     trial = GuestConfig(ram_kib=config.ram_kib, workload=config.workload)
     trial_folder = folder / "kvm"
     trial_folder.mkdir()
@@ -194,33 +183,11 @@ async def _migrate(
             status = await _run_source(source, destination, folder, source_options)
             status = status or await destination.command.process.wait()
             if status:
-                await _tell_failure(destination.command)
+                await tell_failure(destination.command)
                 return status
-            _step("4. Ask the guest, which now runs in the other QEMU (takes some seconds).")
+            step("4. Ask the guest, which now runs in the other QEMU (takes some seconds).")
             facts = await _prove(source, destination.console)
-    for fact in facts:
-        _say(f"   {'ok    ' if fact.good else 'FAILED'}  {fact.name:<10} {fact.text}")
-    good = all(fact.good for fact in facts)
-    _say()
-    _say(
-        "The guest arrived whole. Both QEMUs are ended and the demo's files removed."
-        if good
-        else "The guest did NOT arrive whole."
-    )
-    return 0 if good else 1
-
-
-async def _tell_failure(command: Command) -> None:
-    """Let migrate-dst end, which need not know yet, and show what it said."""
-    with trio.move_on_after(END_BY_ITSELF_S) as waiting:
-        await command.process.wait()
-    if waiting.cancelled_caught:
-        command.process.terminate()
-        with trio.move_on_after(END_BY_ITSELF_S):
-            await command.process.wait()
-    _step("The migration failed. What migrate-dst said:")
-    for line in command.lines:
-        _say(f"   {line}")
+    return judge(facts, "Both QEMUs are ended and the demo's files removed.")
 
 
 @contextlib.asynccontextmanager
@@ -242,8 +209,8 @@ async def _waiting_destination(
     )
     options = ("--listen", "127.0.0.1:0")
     private = ("--state-dir", str(folder / "state"), "--run-dir", str(folder / "run"))
-    _step("2. On the destination's host, wait for the guest:")
-    _show("migrate-dst", *options, shown=("--", program.name, "<the options as on the source>"))
+    step("2. On the destination's host, wait for the guest:")
+    show("migrate-dst", *options, shown=("--", program.name, "<the options as on the source>"))
     command_line = (*options, *private, "--", str(program), *qemu, "-pidfile", str(pid_file))
     console = ConsoleLog()
     try:
@@ -269,27 +236,9 @@ def _end_qemu(pid_file: Path, folder: Path) -> None:
 async def _run_source(
     source: Guest, destination: Destination, folder: Path, options: Sequence[str]
 ) -> int:
-    """Run migrate-src on our own output, so that its display is what people see."""
+    step("3. On the source's host, send it there:")
     way = ("--to", destination.address, "--qmp", str(source.paths.qmp[0]))
-    limited = any(word.startswith("--max-bandwidth") for word in options)
-    limits = options if limited else ("--max-bandwidth", BANDWIDTH, *options)
-    _step("3. On the source's host, send it there:")
-    _show("migrate-src", *way, shown=limits)
-    _say()
-    program = Path(sys.executable).with_name("migrate-src")
-    done = await trio.run_process(
-        [str(program), *way, *limits, "--state-dir", str(folder / "state")],
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-        check=False,
-        deliver_cancel=_end_source,
-    )
-    return done.returncode
-
-
-async def _end_source(process: trio.Process) -> None:
-    await trio.sleep(END_BY_ITSELF_S)
-    process.terminate()
+    return await run_source(way, options, "--state-dir", str(folder / "state"))
 
 
 async def _prove(source: Guest, console: ConsoleLog) -> list[Fact]:
@@ -345,26 +294,6 @@ def _heartbeat_facts(source: ConsoleLog, destination: ConsoleLog) -> list[Fact]:
         Fact("heartbeats", bool(in_turn) and missing == 0, sequence),
         Fact("silence", True, silence),
     ]
-
-
-def _show(program: str, *words: str, shown: Sequence[str]) -> None:
-    _say(f"   $ {program} {shlex.join(words)} \\")
-    _say(f"       {' '.join(shown)}")
-
-
-def _step(text: str) -> None:
-    _say()
-    _say(textwrap.fill(text, COLUMNS, subsequent_indent="   "))
-
-
-def _tell(text: str, *, indent: int = 0) -> None:
-    blank = " " * indent
-    _say(textwrap.fill(text, COLUMNS, initial_indent=blank, subsequent_indent=blank))
-
-
-def _say(line: str = "") -> None:
-    """Print at once: migrate-src writes to the same output."""
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

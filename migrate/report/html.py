@@ -10,8 +10,10 @@ from typing import Final
 from migrate.report.ledger import BYTE_KINDS, PAGE_CLASSES
 from migrate.report.report import Report
 from migrate.report.summary import (
+    DEVICE_COLUMNS,
     PART_NAMES,
     ROUND_COLUMNS,
+    device_row,
     guest_line,
     round_row,
     service_row,
@@ -63,6 +65,7 @@ def report_html(report: Report) -> str:
         _round_charts(report),
         _class_table(report),
         _round_table(report),
+        _simulated_devices(report),
         _notes(report),
     ]
     return (
@@ -192,6 +195,15 @@ def _round_table(report: Report) -> str:
         return ""
     rows = [round_row(this_round) for this_round in report.rounds]
     return f"<section><h2>Every round</h2>{_table(ROUND_COLUMNS, rows)}</section>"
+
+
+def _simulated_devices(report: Report) -> str:
+    if not report.simulated_devices:
+        return ""
+    rows = [device_row(device) for device in report.simulated_devices]
+    note = '<p class="soft">before, during, after: exits per request</p>'
+    table = _table(DEVICE_COLUMNS, rows)
+    return f"<section><h2>Simulated devices</h2>{note}{table}</section>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -151,6 +151,54 @@ class DeviceReport:
 
 
 @dataclass(slots=True, kw_only=True)
+class DeviceCounts:
+    """What a simulated device did; ``None`` = its kind does not count that.
+
+    Attributes:
+        requests: Requests of its client or application that were answered.
+        exits: Times that the guest's driver had to leave the guest: notifications of a virtio
+            device, register accesses of an emulated one.
+        exits_per_request: Of these per answered request.
+        exits_saved: Batches that were made available without a notification.
+        interrupts: Interrupts that it sent.
+        interrupts_saved: Batches that were given back without one.
+        dropped: Packets that the host dropped, and the client sent again.
+    """
+
+    requests: int | None
+    exits: int
+    exits_per_request: float | None
+    exits_saved: int | None
+    interrupts: int
+    interrupts_saved: int | None
+    dropped: int | None
+
+
+@dataclass(slots=True, kw_only=True)
+class SimulatedDeviceReport:
+    """One device of a simulated guest, over its whole life so far; counts as ``DeviceCounts``.
+
+    Attributes:
+        before: Counts before round 0.
+        during: Counts since then, up to the stop; ``None`` if there was no round.
+        after: Counts since the guest runs again; ``None`` if it did not run here.
+    """
+
+    name: str
+    kind: str
+    requests: int | None
+    exits: int
+    exits_per_request: float | None
+    exits_saved: int | None
+    interrupts: int
+    interrupts_saved: int | None
+    dropped: int | None
+    before: DeviceCounts | None
+    during: DeviceCounts | None
+    after: DeviceCounts | None
+
+
+@dataclass(slots=True, kw_only=True)
 class Report:
     """One migration as one of the commands saw it; ``docs/report.md`` explains every field."""
 
@@ -185,6 +233,7 @@ class Report:
     reconnects: int = 0
     predicted: Prediction | None = None
     devices: list[DeviceReport] = field(default_factory=list)
+    simulated_devices: list[SimulatedDeviceReport] | None = None
 
 
 class ReportBuilder:

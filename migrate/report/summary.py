@@ -8,7 +8,14 @@ from typing import Final
 
 from migrate.errors import GuestOn
 from migrate.report.ledger import BYTE_KINDS, PAGE_CLASSES
-from migrate.report.report import Report, RoundReport, Service, ServiceFigures
+from migrate.report.report import (
+    DeviceCounts,
+    Report,
+    RoundReport,
+    Service,
+    ServiceFigures,
+    SimulatedDeviceReport,
+)
 from migrate.units import format_count, format_ms, format_rate, format_size
 
 PART_NAMES: Final = {
@@ -30,6 +37,21 @@ ROUND_COLUMNS: Final = (
     "codec",
     "throttled",
 )
+DEVICE_COLUMNS: Final = (
+    "device",
+    "requests",
+    "exits",
+    "saved",
+    "per request",
+    "before",
+    "during",
+    "after",
+    "interrupts",
+    "saved",
+    "dropped",
+)
+"""Of simulated devices. ``before``, ``during`` and ``after`` are exits per request, too."""
+
 _FIRST_ROUNDS: Final = 4
 _LAST_ROUNDS: Final = 5
 _LABEL_WIDTH: Final = 12
@@ -43,6 +65,7 @@ def summary_lines(report: Report) -> list[str]:
     lines += _headline(report)
     lines += _class_table(report)
     lines += _round_table(report.rounds)
+    lines += _device_table(report.simulated_devices)
     lines += _checks(report)
     lines += ["", guest_line(report.guest_on, report.guest_state)]
     return lines
@@ -238,6 +261,36 @@ def round_row(this_round: RoundReport) -> tuple[str, ...]:
         this_round.codec or "-",
         f"{throttle} %" if throttle else "-",
     )
+
+
+def _device_table(devices: Sequence[SimulatedDeviceReport] | None) -> list[str]:
+    if not devices:
+        return []
+    return ["", *_aligned([DEVICE_COLUMNS, *map(device_row, devices)])]
+
+
+def device_row(device: SimulatedDeviceReport) -> tuple[str, ...]:
+    """Print a simulated device as cells under ``DEVICE_COLUMNS``."""
+    phases: tuple[DeviceCounts | None, ...] = (device.before, device.during, device.after)
+    return (
+        device.name,
+        _count_text(device.requests),
+        _count_text(device.exits),
+        _count_text(device.exits_saved),
+        _each_text(device.exits_per_request),
+        *(_each_text(counts.exits_per_request if counts else None) for counts in phases),
+        _count_text(device.interrupts),
+        _count_text(device.interrupts_saved),
+        _count_text(device.dropped),
+    )
+
+
+def _count_text(count: int | None) -> str:
+    return "-" if count is None else format_count(count)
+
+
+def _each_text(each: float | None) -> str:
+    return "-" if each is None else f"{each:.2f}"
 
 
 def _checks(report: Report) -> list[str]:

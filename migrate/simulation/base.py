@@ -83,6 +83,14 @@ class SimulatedDevice(Protocol):
         """
         ...
 
+    def drain(self) -> None:
+        """Ask for nothing new: clients, applications and consoles fall silent."""
+        ...
+
+    def statistics(self) -> dict[str, int]:
+        """Count since power-on, wherever that was; ``requests_…``, ``lines_…``, mistakes."""
+        ...
+
     def save(self) -> dict[str, Any]:
         """State as plain msgpack data, queues and in-flight requests included."""
         ...

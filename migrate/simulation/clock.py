@@ -8,10 +8,18 @@ import datetime
 from collections.abc import Callable
 from typing import Final
 
+from migrate.units import NS_PER_S
+
 Now = Callable[[], int]
 """Gives the time in nanoseconds."""
 
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+
+MAX_GAP_NS: Final = 60 * NS_PER_S
+"""What of a stop the world outside lives through at the resume, request by request, repetitions of
+dropped ones included. Few handovers take that long, but two hosts' clocks can be years apart, and
+a peer can say what it likes."""
 
 
 def wall_clock(utc: Callable[[], datetime.datetime]) -> Now:
@@ -28,7 +36,8 @@ class GuestClock:
 
     Attributes:
         jump_ns: How far the guest fell behind the world's time at its last resume; None before.
-        behind_ns: How far it has fallen behind by all its stops.
+        gap_ns: What of that the world outside lives through then.
+        behind_ns: How far it has fallen behind by all its stops, of each its ``gap_ns``.
         stolen_ns: Time that the host did not give the guest because it could not keep up.
         stopped_wall_ns: World time of the last stop; None if it was never stopped.
     """
@@ -46,6 +55,7 @@ class GuestClock:
         self._guest_ns = guest_ns
         self._since_ns: int | None = None
         self.jump_ns: int | None = None
+        self.gap_ns = 0
         self.behind_ns = 0
         self.stolen_ns = 0
         self.stopped_wall_ns: int | None = None
@@ -68,7 +78,8 @@ class GuestClock:
             if self.stopped_wall_ns is not None:
                 # Clocks of two hosts may disagree; a guest from the future has not jumped.
                 self.jump_ns = max(0, self._wall_ns() - self.stopped_wall_ns)
-                self.behind_ns += self.jump_ns
+                self.gap_ns = min(self.jump_ns, MAX_GAP_NS)
+                self.behind_ns += self.gap_ns
 
     def stop_at(self, guest_ns: int) -> None:
         """Stand still at ``guest_ns``, which the guest has lived through."""

@@ -5,7 +5,7 @@ from typing import Final
 
 import trio
 
-from migrate.runtime import RealRuntime, Runtime
+from migrate.runtime import Runtime
 from migrate.simulation.clock import Now
 from migrate.simulation.guest import SimulatedGuest
 from migrate.units import NS_PER_MS
@@ -46,7 +46,7 @@ VIRTUAL_TIME: Final = Pace(
 
 def pace_of(runtime: Runtime) -> Pace:
     """The pace for a command's clock."""
-    return REAL_TIME if isinstance(runtime, RealRuntime) else VIRTUAL_TIME
+    return REAL_TIME if runtime.real_time else VIRTUAL_TIME
 
 
 class GuestDriver:

@@ -12,7 +12,7 @@ two accesses, and state. ``emulated_nic`` and ``emulated_disk`` say what the reg
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 
 from migrate.errors import ParamsError
 from migrate.simulation.base import GuestRam, Scheduler
@@ -35,10 +35,6 @@ default there."""
 
 MAX_ROUTINES: Final = 4096
 """Register sequences that a driver may have waiting."""
-
-MAX_BEHIND_NS: Final = 10_000_000_000
-"""How long ago a pending event of a loaded state may have been due: what an open loop left out
-meanwhile is made up for, request by request."""
 
 _COUNT: Final = integer(0, (1 << 63) - 1)
 _TIME: Final = integer(-MAX_AHEAD_NS, MAX_AHEAD_NS)
@@ -204,12 +200,6 @@ class EmulatedDevice(ABC):
             found["outside_ns"],
             self.OUTSIDE_EVENTS,
         )
-        for timers in (self._timers, self._outside):
-            pending = timers.save()
-            if pending and cast("int", pending[0][0]) < -MAX_BEHIND_NS:
-                raise MessageError(
-                    self.name, f"events due {MAX_BEHIND_NS} ns ago", "older ones"
-                )
         self._chance.state = found["chance"]
         self._debt_ns = found["debt_ns"]
         checks = dict.fromkeys(self.counters, _COUNT)

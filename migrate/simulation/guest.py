@@ -26,6 +26,7 @@ from proto.guest_events import PAGE_SIZE
 from proto.packing import (
     binary,
     integer,
+    optional,
     pack_fields,
     plain_map,
     record,
@@ -46,6 +47,7 @@ _FIELDS: Final = {
     "stopped_wall_ns": integer(0, _MAX_TIME_NS),
     "behind_ns": integer(0, _MAX_TIME_NS),
     "balloon": binary(MAX_DEVICE_STATE_BYTES),
+    "service": optional(plain_map),
     "devices": sequence(
         record(text(4 * MAX_NAME_CHARS), text(4 * MAX_NAME_CHARS), plain_map), MAX_DEVICES
     ),
@@ -65,6 +67,7 @@ class SimulatedGuest:
         clock: Its clock.
         queue: Its events; ``queue.now_ns`` is the guest time that it has lived through.
         devices: Its devices, in the profile's order.
+        service_state: What ``load_guest`` found of ``save``'s ``service``, not checked yet.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class SimulatedGuest:
         self.devices: Sequence[SimulatedDevice] = [
             self._make_device(number) for number in range(len(profile.devices))
         ]
+        self.service_state: Mapping[str, Any] | None = None
         self._written_until_ns = 0
 
     def _make_device(self, number: int) -> SimulatedDevice:
@@ -168,7 +172,7 @@ class SimulatedGuest:
         self.clock.start()
         self.queue.resume(self.queue.now_ns)
         for device in self.devices:
-            device.world_went_on(self.clock.jump_ns or 0)
+            device.world_went_on(self.clock.gap_ns)
             device.start()
 
     def outside_ns(self) -> int:
@@ -190,8 +194,12 @@ class SimulatedGuest:
 
     # --- state -----------------------------------------------------------------------------------
 
-    def save(self) -> bytes:
-        """Everything but memory, of the stopped guest."""
+    def save(self, service: Mapping[str, Any] | None = None) -> bytes:
+        """Everything but memory, of the stopped guest.
+
+        Args:
+            service: Plain data of whoever measures its service, to go along.
+        """
         assert not self.clock.runs, "stop() comes first"
         return pack_fields(
             _WHERE,
@@ -203,6 +211,7 @@ class SimulatedGuest:
                 "stopped_wall_ns": self.clock.stopped_wall_ns or 0,
                 "behind_ns": self.clock.behind_ns,
                 "balloon": _runs(self.ram.ballooned_pages()).tobytes(),
+                "service": service,
                 "devices": [(d.name, d.kind, d.save()) for d in self.devices],
             },
         )
@@ -242,6 +251,7 @@ def load_guest(
         raise MessageError(_WHERE, f"devices {expected}", repr(arrived)[:200])
     for device, (_, _, device_state) in zip(guest.devices, values["devices"], strict=True):
         device.load(device_state)
+    guest.service_state = values["service"]
     return guest
 
 

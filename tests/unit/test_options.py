@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from migrate.cli.lab import main as run_lab
 from migrate.cli.options import parse_destination, parse_source
 from migrate.params import Compress, LinkAddress, UnixAddress
 from migrate.simulation.profile import load_profile
@@ -76,6 +77,19 @@ def test_a_simulated_guest_is_named_by_its_profile() -> None:
     assert (params.qmp, params.gateway) == (None, None)
     waiting = parse_destination([*DESTINATION, "--simulate", "--run-for", "250ms"])
     assert (waiting.simulate, waiting.run_for_s) == (True, 0.25)
+
+
+def test_what_a_device_refuses_in_a_profile_is_a_wrong_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tmp_path / "wrong.toml"
+    profile.write_text('ram = "16MiB"\n[[devices]]\nkind = "virtio-gpu"\n', encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        parse_source(["--to", "host-b:4444", "--simulate", str(profile)])
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert f"profile {profile}: virtio-gpu.0: no device of kind" in err
+    assert err.count("\n") == 1
 
 
 def test_everything_behind_the_dashes_is_the_qemu_command() -> None:
@@ -151,6 +165,7 @@ def test_a_source_mistake_ends_with_one_line_and_status_2(
         ([*DESTINATION, "--qmp", "/q", "--", "qemu"], "exactly one of"),
         ([*DESTINATION, "--simulate", "--", "qemu"], "exactly one of"),
         ([*DESTINATION, "--simulate", "--run-for", "2h"], "expected --run-for up to 3600s"),
+        ([*DESTINATION, "--qmp", "/q", "--run-for", "5s"], "--run-for only works with --simul"),
         ([*DESTINATION, "--", "qemu", "-daemonize"], "leave out '-daemonize'"),
         ([*DESTINATION, "qemu"], "unrecognized arguments: qemu"),
     ],
@@ -179,7 +194,7 @@ def test_help_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(default: 1GiB)" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("parse", [parse_source, parse_destination])
+@pytest.mark.parametrize("parse", [parse_source, parse_destination, run_lab])
 def test_version_needs_no_other_option(
     parse: object, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from migrate.report.report import (
     ReportBuilder,
     RoundReport,
     Service,
+    SimulatedDeviceReport,
     VirtqueueReport,
     report_json,
     to_json_value,
@@ -57,7 +58,8 @@ def full_report() -> Report:
 def test_the_shape_is_the_one_tools_rely_on() -> None:
     report = as_json(full_report())
     added = {"role", "source", "destination", "started_utc", "guest_state", "not_checked"}
-    assert set(report) == CONTRACT | added | {"opaque_rest", "wire_bytes_back"}
+    added |= {"opaque_rest", "wire_bytes_back", "simulated_devices"}
+    assert set(report) == CONTRACT | added
     assert report["schema"] == 1
     assert list(report["pages"]) == PAGE_KEYS
     assert list(report["bytes"]) == [*PAGE_KEYS, "opaque", "device_state", "control", "resent"]
@@ -219,6 +221,7 @@ def test_every_field_is_documented() -> None:
             *fields(Prediction),
             *fields(VirtqueueReport),
             *fields(DeviceReport),
+            *fields(SimulatedDeviceReport),
         ]
     }
     for part in ("downtime", "bytes", "integrity"):

@@ -17,7 +17,11 @@ MAX_TIMERS: Final = 1 << 17
 """A client may have 65536 requests under way, each with one timer."""
 
 MAX_AHEAD_NS: Final = 1 << 62
-"""More than a century; a due time can lie as far back after a long stop."""
+"""More than a century."""
+
+MAX_BEHIND_NS: Final = 10_000_000_000
+"""How long ago a pending event of a loaded state may have been due: a client's open loop makes up
+for all the time since, request by request."""
 
 _ENTRY: Final = record(
     integer(-MAX_AHEAD_NS, MAX_AHEAD_NS), text(32, 1), integer(0, (1 << 64) - 1)
@@ -117,6 +121,10 @@ class Timers:
                 raise MessageError(where, "an event of this device", repr(name))
             if number > limits[name]:
                 raise MessageError(where, f"{name} 0 to {limits[name]}", str(number))
+            if remaining_ns < -MAX_BEHIND_NS:
+                raise MessageError(
+                    where, f"events due at most {MAX_BEHIND_NS} ns ago", str(-remaining_ns)
+                )
             heap.append((now_ns + remaining_ns, len(heap), name, number))
         heapq.heapify(heap)
         self._heap = heap
