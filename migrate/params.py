@@ -312,8 +312,8 @@ class SourceParams:
             raise ParamsError("--hold-before-commit does not work with --commit relay")
         if self.after not in get_args(AfterMode):
             raise ParamsError(f"expected --after keep or quit, got '{self.after}'")
-        if self.after == "quit" and self.gateway is not None:
-            raise ParamsError("--after quit needs --qmp: a gateway cannot end the source QEMU")
+        if self.after == "quit" and self.qmp is None:
+            raise ParamsError("--after quit needs --qmp: no other way ends the source QEMU")
 
     def _check_limits(self) -> None:
         if not 1 <= self.downtime_limit_ms <= MAX_DOWNTIME_LIMIT_MS:

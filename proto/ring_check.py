@@ -170,14 +170,13 @@ def _index_at(read: RamReader, ring: int) -> int | None:
 
 def _with_indices(check: QueueCheck, read: RamReader) -> QueueCheck:
     """Complete a split ring's state from guest memory, as far as that is known."""
-    queue = check.state
-    used_idx = _index_at(read, queue.used)
-    in_flight = None
+    state = check.state
+    used_idx = _index_at(read, state.used)
     if used_idx is not None:
-        taken = (queue.last_avail_idx - used_idx) & INDEX_MASK
-        in_flight = taken if taken <= queue.num else None
-    state = replace(queue, used_idx=used_idx, in_flight=in_flight)
-    return replace(check, state=state, avail_idx=_index_at(read, queue.avail))
+        taken = (state.last_avail_idx - used_idx) & INDEX_MASK
+        in_flight = taken if taken <= state.num else None
+        state = replace(state, used_idx=used_idx, in_flight=in_flight)
+    return replace(check, state=state, avail_idx=_index_at(read, state.avail))
 
 
 def _extents(

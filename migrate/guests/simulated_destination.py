@@ -232,6 +232,8 @@ class SimulatedDestination:
         await trio.lowlevel.checkpoint()
         if self._runs:
             raise GuestError("the simulated guest ran here", guest_on=GuestOn.UNKNOWN)
+        if self.ram is None:
+            return "no simulated guest had arrived"
         self.guest = self.ram = None
         return "the copy of the simulated guest is dropped"
 

@@ -52,6 +52,9 @@ DEVICE_COLUMNS: Final = (
 )
 """Of simulated devices. ``before``, ``during`` and ``after`` are exits per request, too."""
 
+_SHOWN_COLUMNS: Final = (0, 1, 2, 4, 8, 10)
+"""What fits a terminal: device, requests, exits, exits per request, interrupts, dropped."""
+
 _FIRST_ROUNDS: Final = 4
 _LAST_ROUNDS: Final = 5
 _LABEL_WIDTH: Final = 12
@@ -67,8 +70,15 @@ def summary_lines(report: Report) -> list[str]:
     lines += _round_table(report.rounds)
     lines += _device_table(report.simulated_devices)
     lines += _checks(report)
-    lines += ["", guest_line(report.guest_on, report.guest_state)]
+    last = guest_line(report.guest_on, report.guest_state)
+    lines += ["", f"{last}, until this command ends" if _lives_in_us(report) else last]
     return lines
+
+
+def _lives_in_us(report: Report) -> bool:
+    """A simulated guest lives in the process of the side it is on."""
+    form = {GuestOn.SOURCE: report.source, GuestOn.DESTINATION: report.destination}
+    return report.guest_on.value == report.role and form.get(report.guest_on) == "simulate"
 
 
 def guest_line(guest_on: GuestOn, guest_state: str | None = None) -> str:
@@ -158,7 +168,7 @@ def _downtime_text(report: Report) -> str:
 
 
 def service_texts(service: Service) -> list[str]:
-    """Tell in two lines what a client noticed: rates and the gap, then latencies."""
+    """Tell in a few lines what a client noticed: rates and the gap, then latencies."""
     rates = [_rate_text(service.before, "before")]
     measured = [n for n, figures in service.rounds.items() if figures.get("completed_per_s")]
     if measured:
@@ -179,7 +189,10 @@ def service_texts(service: Service) -> list[str]:
     ]
     everything = (service.before, *service.rounds.values(), service.downtime, service.after)
     lost = sum(figures.get("lost") or 0 for figures in everything)
-    lines = [", ".join(rates), *(["latency p50/p99/max " + ", ".join(waits)] if waits else [])]
+    lines = [", ".join(rates)]
+    if waits:
+        lines.append("latency p50/p99/max " + waits[0])
+        lines += [", ".join(waits[1:])] if waits[1:] else []
     return [*lines, f"{format_count(round(lost))} requests lost"] if lost else lines
 
 
@@ -266,7 +279,8 @@ def round_row(this_round: RoundReport) -> tuple[str, ...]:
 def _device_table(devices: Sequence[SimulatedDeviceReport] | None) -> list[str]:
     if not devices:
         return []
-    return ["", *_aligned([DEVICE_COLUMNS, *map(device_row, devices)])]
+    rows = [DEVICE_COLUMNS, *map(device_row, devices)]
+    return ["", *_aligned([tuple(row[at] for at in _SHOWN_COLUMNS) for row in rows])]
 
 
 def device_row(device: SimulatedDeviceReport) -> tuple[str, ...]:

@@ -191,20 +191,19 @@ def load_profile(name: str) -> Profile:
     Raises:
         ParamsError: There is none, or it says something that cannot be.
     """
+    is_file = "/" in name or name.endswith(".toml")
+    if not is_file and name not in shipped_names():
+        shipped = ", ".join(shipped_names())
+        raise ParamsError(f"no profile '{name}': expected a file FILE.toml or one of {shipped}")
     try:
-        if "/" in name or name.endswith(".toml"):
+        if is_file:
             path = Path(name)
             if path.stat().st_size > MAX_PROFILE_BYTES:
                 raise ParamsError(f"profile {name}: larger than {size_text(MAX_PROFILE_BYTES)}")
             text, own_name = path.read_text(), path.stem
-        elif name in shipped_names():
+        else:
             file = resources.files(__package__) / "profiles" / f"{name}.toml"
             text, own_name = file.read_text(), name
-        else:
-            shipped = ", ".join(shipped_names())
-            raise ParamsError(
-                f"no profile '{name}': expected a file FILE.toml or one of {shipped}"
-            )
         return read_profile({"name": own_name, **tomllib.loads(text)})
     except OSError as error:
         raise ParamsError(f"cannot read profile {name}: {error.strerror}") from error

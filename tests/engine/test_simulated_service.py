@@ -145,10 +145,9 @@ def test_summary_and_page_show_service_and_exits(moved: tuple[Report, Report]) -
     net = destination.simulated_devices[0]
     lines = summary_lines(destination)
     (row,) = [line.split() for line in lines if line.split()[:1] == ["virtio-net.0"]]
-    assert row[1:5] == [
+    assert row[1:4] == [
         format_count(net.requests or 0),
         format_count(net.exits),
-        format_count(net.exits_saved or 0),
         f"{net.exits_per_request:.2f}",
     ]
     assert any(line.split()[:1] == ["service"] for line in lines)

@@ -382,8 +382,8 @@ def test_the_summary_tells_rates_gap_and_latencies() -> None:
     report.service = migration().finish(3000 * MS)
     assert (
         "  service      200/s before, 200/s at worst in round 0, gap 85 ms, 217/s after\n"
-        "               latency p50/p99/max 1.0/1.0/1.0 ms before, 41/81/81 ms downtime, "
-        "1.0/1.0/1.0 ms after\n"
+        "               latency p50/p99/max 1.0/1.0/1.0 ms before\n"
+        "               41/81/81 ms downtime, 1.0/1.0/1.0 ms after\n"
     ) in "\n".join(summary_lines(report))
 
 
