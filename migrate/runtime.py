@@ -52,9 +52,11 @@ class Runtime(Protocol):
 
     Attributes:
         processors: Processors of the host.
+        real_time: Time passes while this process computes; on a virtual clock it does not.
     """
 
     processors: int
+    real_time: bool
 
     def now_ns(self) -> int:
         """Monotonic time in nanoseconds, never 0."""
@@ -122,6 +124,7 @@ class RealRuntime:
 
     def __init__(self) -> None:
         self.processors = os.cpu_count() or 2
+        self.real_time = True
         self._limiters = {step: trio.CapacityLimiter(count) for step, count in THREADS.items()}
 
     def now_ns(self) -> int:
