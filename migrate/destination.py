@@ -24,7 +24,10 @@ from migrate.errors import (
 from migrate.guests.base import DestinationGuest
 from migrate.guests.incoming_destination import open_incoming_destination
 from migrate.guests.qemu_destination import START_S, open_qemu_destination
-from migrate.guests.simulated_destination import open_simulated_destination
+from migrate.guests.simulated_destination import (
+    SimulatedDestination,
+    open_simulated_destination,
+)
 from migrate.guests.simulated_facts import COUNTS_EVENT, settled_counts
 from migrate.handover import DestinationHandover
 from migrate.hello import Agreement, answer_hello, reported_commit
@@ -40,6 +43,7 @@ from migrate.simulation.guest import SimulatedGuest
 from migrate.state_file import ABORTED, StateFile
 from migrate.transport.channels import LinkSocket
 from migrate.transport.link import Link
+from migrate.units import NS_PER_MS
 from proto.link import messages
 from proto.link.connection import LinkConnection
 from proto.link.dispatch import FRAMES
@@ -71,6 +75,7 @@ class DestinationRun:
         self._handover: DestinationHandover | None = None
         self._state_file: StateFile | None = None
         self._qemu: OwnedQemu | None = None
+        self._simulated: SimulatedDestination | None = None
         self._source_left = trio.Event()
         self._source_said_bye = False
         self._source_gave_up = False
@@ -78,10 +83,19 @@ class DestinationRun:
         self._discarded = False
         self._taken = False
 
-    def cancel(self, why: str) -> None:
-        """Call the migration off, from a signal."""
+    def cancel(self, why: str) -> str | None:
+        """Call the migration off, from a signal; of a simulated guest that is here, its life.
+
+        Returns:
+            What happens instead of the migration being called off.
+        """
+        if self._simulated is not None:
+            self._simulated.end()  # the migration may be done before it can be called off
+            if self._handover is not None and self._handover.committed:
+                return "the simulated guest ends now"
         self._cancelled_by = why
         (self._scope if self._opened else self._opening).cancel()
+        return None
 
     async def run(self) -> tuple[Report, MigrationError | None]:
         """Take a migration in; what can go wrong is returned with the report, not raised."""
@@ -99,10 +113,24 @@ class DestinationRun:
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
             error = most_telling(raised)
             error.guest_on = self._guest_on(error)
+            if self._source_may_be_gone(error):
+                error.guest_on = GuestOn.UNKNOWN
         report = destination_report(
             self._session, self._link, self._inbound, self._handover, error
         )
+        running_ns = self._handover.times.running_ns if self._handover is not None else None
+        if error is None and self._simulated is not None and running_ns is not None:
+            # How long the guest is watched is no part of the migration.
+            report.total_ms = (running_ns - self._session.started_ns) / NS_PER_MS
         return report, error
+
+    def _source_may_be_gone(self, error: MigrationError) -> bool:
+        """A simulated guest ends with its migrate-src, and of that nothing is heard any more.
+
+        Not for the source's ears: if it lives, the guest is there.
+        """
+        lost = isinstance(error, PeerLostError) and error.guest_on is GuestOn.SOURCE
+        return lost and self._simulated is not None
 
     def _guest_on(self, error: MigrationError) -> GuestOn:
         """What this side knows of the guest after a failure."""
@@ -125,6 +153,7 @@ class DestinationRun:
             async with open_simulated_destination(
                 self._runtime, run_for_s=params.run_for_s
             ) as simulated:
+                self._simulated = simulated
                 try:
                     yield simulated
                 finally:
@@ -220,7 +249,7 @@ class DestinationRun:
             self._session.say(done)
             if self._discarded and self._source_may_have_committed():
                 self._record_aborted(error)
-            if self._source_done:
+            if self._source_done and self._simulated is None:
                 self._session.warn(
                     "the source had let its guest go; if it does not run there, 'cont' in the "
                     "source's monitor brings it back"

@@ -196,9 +196,9 @@ class NotConvergedError(MigrationError):
         self, rounds: int, dirty_bps: float, bandwidth_bps: float, *, enough_limit_ms: int
     ) -> None:
         super().__init__(
-            f"the migration does not converge: after {rounds} rounds the guest dirties "
-            f"{dirty_bps / 1e6:.0f} MB/s of memory and the link takes {bandwidth_bps / 1e6:.0f} "
-            f"MB/s, so what remains does not become less; --downtime-limit {enough_limit_ms}ms "
+            f"the migration does not converge: after {rounds} rounds what remains does not "
+            f"become less; the guest dirties at least {dirty_bps / 1e6:.0f} MB/s of memory, the "
+            f"link takes {bandwidth_bps / 1e6:.0f} MB/s; --downtime-limit {enough_limit_ms}ms "
             "would do, or a faster link, or a guest that writes less"
         )
         self.rounds = rounds

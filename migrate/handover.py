@@ -226,6 +226,12 @@ class SourceHandover:
         return answer
 
     def _unknown(self, cause: str) -> str:
+        if self.guest.form == "simulate":
+            return (
+                f"COMMIT was sent and no RUNNING came back ({cause}). The copy here ends with "
+                "this command; whether the guest ran there, migrate-dst's last line or its state "
+                f"file says. Recorded in {self.state_file.path}"
+            )
         return (
             f"COMMIT was sent and no RUNNING came back ({cause}). The guest is paused at the "
             "source and may run at the destination: ask the destination QEMU ('info status') "

@@ -120,7 +120,14 @@ class SourceRun:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
             error = most_telling(raised)
-        report = source_report(session, self._link, self._outbound, self._handover, error)
+        report = source_report(
+            session,
+            self._link,
+            self._outbound,
+            self._handover,
+            error,
+            downtime_limit_ms=self._params.downtime_limit_ms,
+        )
         if error is not None:
             report.guest_state = self._run_state
         return report, error

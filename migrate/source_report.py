@@ -14,6 +14,8 @@ def source_report(
     outbound: Outbound | None,
     handover: SourceHandover | None,
     error: MigrationError | None,
+    *,
+    downtime_limit_ms: int,
 ) -> Report:
     """Fill the report from whatever the run reached."""
     builder = session.builder
@@ -27,6 +29,7 @@ def source_report(
     if outbound is not None:
         _add_rounds(session, outbound)
         builder.report.ram_bytes = outbound.state.ram_bytes
+        builder.report.guest_stopped = _was_stopped(outbound)
         builder.report.opaque_rest = outbound.state.opaque_rest or None
         if (verdict := outbound.rings.verdict) is not None:
             builder.report.devices = verdict.reports()
@@ -36,6 +39,7 @@ def source_report(
         builder.report.integrity = _integrity(outbound, handover)
         if handover.times.running_ns is not None:
             _add_downtime(session, outbound, handover)
+            _warn_of_downtime(session, downtime_limit_ms)
     now_ns = session.runtime.now_ns()
     if error is not None:
         return builder.failed(now_ns, error, None)
@@ -43,6 +47,11 @@ def source_report(
     if handover.running is None:
         return builder.completed(now_ns, GuestOn.HANDED_OVER, None)
     return builder.completed(now_ns, GuestOn.DESTINATION, handover.running.run_state)
+
+
+def _was_stopped(outbound: Outbound) -> bool:
+    state = outbound.state
+    return state.switchover_at_ns is not None and state.run_state in {None, "running"}
 
 
 def _add_rounds(session: Session, outbound: Outbound) -> None:
@@ -71,6 +80,14 @@ def _integrity(outbound: Outbound, handover: SourceHandover) -> Integrity:
         destination_digest=handover.destination_digest.hex(),
         equal=handover.equal,
     )
+
+
+def _warn_of_downtime(session: Session, limit_ms: int) -> None:
+    downtime_ms = session.builder.report.downtime_ms
+    if downtime_ms is not None and downtime_ms > limit_ms:
+        session.builder.warn(
+            f"the guest stood still for {downtime_ms:.0f} ms, the limit was {limit_ms} ms"
+        )
 
 
 def _add_downtime(session: Session, outbound: Outbound, handover: SourceHandover) -> None:

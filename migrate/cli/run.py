@@ -16,8 +16,8 @@ FORCED_EXIT = 130
 class Run(Protocol):
     """One run of a command."""
 
-    def cancel(self, why: str) -> None:
-        """Call the migration off."""
+    def cancel(self, why: str) -> str | None:
+        """Call the migration off; returns what happens instead when it is too late for that."""
         ...
 
     async def run(self) -> tuple[Report, MigrationError | None]:
@@ -56,5 +56,5 @@ async def _watch_signals(run: Run, session: Session) -> None:
                 # The user insists: leave everything as it is, without another word to anybody.
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            session.say(f"{name}: calling the migration off; again to force")
-            run.cancel(name)
+            instead = run.cancel(name)
+            session.say(f"{name}: {instead or 'calling the migration off'}; again to force")

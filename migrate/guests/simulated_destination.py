@@ -21,6 +21,7 @@ from migrate.simulation.driver import REAL_TIME, GuestDriver, Pace, pace_of
 from migrate.simulation.guest import SimulatedGuest, load_guest
 from migrate.simulation.profile import MAX_RAM_BYTES
 from migrate.simulation.ram import SimulatedRam
+from migrate.simulation.registry import preload
 from migrate.simulation.service_link import GuestService
 from migrate.units import NS_PER_MS
 from proto.errors import RemoteProtocolError
@@ -66,6 +67,7 @@ class SimulatedDestination:
         self._news = trio.Event()
         self._runs = False
         self._ran = False
+        self._enough = trio.Event()
         self._service = GuestService()
         self._living = trio.CancelScope()
         self._driver: GuestDriver | None = None
@@ -240,12 +242,17 @@ class SimulatedDestination:
     async def keep(self) -> None:
         """Let the guest live on for as long as was asked for; then it ends with this process."""
         if self._runs and self.guest is not None:
-            await trio.sleep(self._run_for_s)
+            with trio.move_on_after(self._run_for_s):
+                await self._enough.wait()
             self._living.cancel()
             if self._driver is not None:
                 self._driver.catch_up()
             self.guest.stop()
             self._runs = False
+
+    def end(self) -> None:
+        """Let ``keep`` return now, or at once when it comes to that."""
+        self._enough.set()
 
     def tell(self, report: Report) -> None:
         """Put what was measured of a guest that ran here into the report; it ends with this."""
@@ -261,6 +268,7 @@ async def open_simulated_destination(
     run_for_s: float,
 ) -> AsyncIterator[SimulatedDestination]:
     """Prepare for a guest; what arrives lives until ``keep`` returns."""
+    preload()
     async with trio.open_nursery() as nursery:
         yield SimulatedDestination(
             nursery,

@@ -180,7 +180,9 @@ def _listening(path: Path) -> Iterator[socket.socket]:
             _remove_dead_socket(path)
             listener.bind(str(path))
         except OSError as error:
-            raise ParamsError(f"cannot listen at unix:{path}: {error.strerror or error}") from error
+            raise ParamsError(
+                f"cannot listen at unix:{path}: {error.strerror or error}"
+            ) from error
         try:
             listener.listen(MAX_CONNECTIONS)
             yield listener

@@ -14,10 +14,10 @@ from migrate.report.summary import (
     PART_NAMES,
     ROUND_COLUMNS,
     device_row,
-    guest_line,
     round_row,
     service_row,
     share_text,
+    summary_lines,
 )
 from migrate.report.svg import Segment, column_chart, segment_bar
 from migrate.units import format_count, format_ms, format_rate, format_size
@@ -85,7 +85,7 @@ def _head(report: Report, title: str) -> str:
     about += [f"commit {report.commit}"] if report.commit else []
     lines = [
         f'<header><h1 class="{colour}">{escape(title)}</h1>',
-        f"<p>{escape(guest_line(report.guest_on, report.guest_state))}</p>",
+        f"<p>{escape(summary_lines(report)[-1])}</p>",
     ]
     if report.error is not None:
         text = f"{report.error.message} [{report.error.code}]"
@@ -95,7 +95,8 @@ def _head(report: Report, title: str) -> str:
 
 
 def _figures(report: Report) -> str:
-    downtime = "none" if report.downtime_ms is None else format_ms(report.downtime_ms)
+    unseen = "not seen" if report.guest_stopped else "none"
+    downtime = unseen if report.downtime_ms is None else format_ms(report.downtime_ms)
     integrity = {True: "equal", False: "NOT EQUAL", None: "not compared"}[
         report.integrity.equal
     ]

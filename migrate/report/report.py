@@ -221,6 +221,7 @@ class Report:
     total_ms: float = 0.0
     downtime_ms: float | None = None
     downtime: DowntimeParts = field(default_factory=DowntimeParts)
+    guest_stopped: bool = False
     wire_bytes: int = 0
     wire_bytes_back: int = 0
     page_bytes: int = 0

@@ -11,6 +11,7 @@ from migrate.report.ledger import BYTE_KINDS, PAGE_CLASSES
 from migrate.report.report import (
     DeviceCounts,
     Report,
+    Role,
     RoundReport,
     Service,
     ServiceFigures,
@@ -55,6 +56,7 @@ DEVICE_COLUMNS: Final = (
 _SHOWN_COLUMNS: Final = (0, 1, 2, 4, 8, 10)
 """What fits a terminal: device, requests, exits, exits per request, interrupts, dropped."""
 
+_UNKNOWN: Final = "it is UNKNOWN where the guest runs"
 _FIRST_ROUNDS: Final = 4
 _LAST_ROUNDS: Final = 5
 _LABEL_WIDTH: Final = 12
@@ -70,7 +72,10 @@ def summary_lines(report: Report) -> list[str]:
     lines += _round_table(report.rounds)
     lines += _device_table(report.simulated_devices)
     lines += _checks(report)
-    last = guest_line(report.guest_on, report.guest_state)
+    simulated = "simulate" in {report.source, report.destination}
+    last = guest_line(
+        report.guest_on, report.guest_state, simulated_role=report.role if simulated else None
+    )
     lines += ["", f"{last}, until this command ends" if _lives_in_us(report) else last]
     return lines
 
@@ -81,19 +86,25 @@ def _lives_in_us(report: Report) -> bool:
     return report.guest_on.value == report.role and form.get(report.guest_on) == "simulate"
 
 
-def guest_line(guest_on: GuestOn, guest_state: str | None = None) -> str:
+def guest_line(
+    guest_on: GuestOn, guest_state: str | None = None, *, simulated_role: Role | None = None
+) -> str:
     """Say where the guest is, and when something must be done about it, what.
 
     Args:
         guest_on: As far as it is known.
         guest_state: QEMU's run state there, e.g. ``running`` or ``paused``; ``None`` = unknown.
+        simulated_role: Which command says so of a simulated guest; ``None`` = it is a QEMU's.
     """
+    if simulated_role is not None and guest_on in {GuestOn.NEITHER, GuestOn.UNKNOWN}:
+        return _simulated_line(guest_on, simulated_role)
     match guest_on:
         case GuestOn.SOURCE | GuestOn.DESTINATION:
             side = guest_on.value
             if guest_state in {None, "running"}:
                 return f"the guest {'runs' if guest_state else 'is'} on the {side}"
-            return f"the guest is on the {side}, not running: QEMU says '{guest_state}'"
+            who = "its state is" if simulated_role else "QEMU says"
+            return f"the guest is on the {side}, not running: {who} '{guest_state}'"
         case GuestOn.NEITHER:
             return (
                 "the guest runs on NEITHER side; "
@@ -101,11 +112,24 @@ def guest_line(guest_on: GuestOn, guest_state: str | None = None) -> str:
             )
         case GuestOn.UNKNOWN:
             return (
-                "it is UNKNOWN where the guest runs: start it nowhere before "
+                f"{_UNKNOWN}: start it nowhere before "
                 "'query-status' on the destination QEMU said that it does not run there"
             )
         case GuestOn.HANDED_OVER:
             return "the guest was handed over: whoever owns both monitors decides where it runs"
+
+
+def _simulated_line(guest_on: GuestOn, role: Role) -> str:
+    """There is no monitor to ask or to say 'cont' to: either side ends with its command."""
+    known = "the guest runs on NEITHER side" if guest_on is GuestOn.NEITHER else _UNKNOWN
+    if role == "destination":
+        return f"{known}: at the source if migrate-src still lives, otherwise it is gone"
+    if guest_on is GuestOn.NEITHER:
+        return f"{known}; the copy here ends with this command"
+    return (
+        f"{known}: the copy here ends with this command; whether the guest ran there, "
+        "migrate-dst's last line or its state file says"
+    )
 
 
 def shortened(rounds: Sequence[RoundReport]) -> list[RoundReport | None]:
@@ -155,6 +179,8 @@ def _headline(report: Report) -> list[str]:
 
 
 def _downtime_text(report: Report) -> str:
+    if report.downtime_ms is None and report.guest_stopped:
+        return "the guest was stopped, and nobody saw when it went on"
     if report.downtime_ms is None:
         return "none: the guest was not stopped"
     parts = [

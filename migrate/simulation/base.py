@@ -51,6 +51,22 @@ class Scheduler(Protocol):
         """Have ``action`` called ``delay_ns`` (>= 0) from now."""
         ...
 
+    def count_event(self) -> None:
+        """Count one more event of those that ``action`` lives through by itself.
+
+        Raises:
+            GuestError: Too many for the guest time that passed; it is not to happen.
+        """
+        ...
+
+    def may_make_up(self) -> bool:
+        """Count one more event of a time in which the guest stood still.
+
+        Returns:
+            Whether it can happen as at its own instant; there have been too many otherwise.
+        """
+        ...
+
 
 class SimulatedDevice(Protocol):
     """A device of the guest together with the driver and the load that use it.

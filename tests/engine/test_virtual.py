@@ -147,7 +147,7 @@ def test_guest_that_is_watched_at_the_destination_does_not_keep_the_source() -> 
         params = replace(PLAIN, run_for_s=seconds)
         source, destination = run_virtual(profile("quiet"), GIGABIT, params, 1)
         assert source.total_ms < 1000
-        assert destination.total_ms >= seconds * 1000
+        assert destination.total_ms < 1000
 
 
 def test_bandwidth_limit_is_kept() -> None:

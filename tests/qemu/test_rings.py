@@ -47,7 +47,6 @@ class Pair:
         listen = ["--listen", "127.0.0.1:0", "--qmp", str(self.destination.paths.qmp[0])]
         reports = [("--report", str(self.folder / name)) for name in ("src.json", "dst.json")]
         async with AsyncExitStack() as stack:
-            stack.enter_context(trio.fail_after(60))
             enter = stack.enter_async_context
             receiver = await enter(
                 running_program(str(programs / "migrate-dst"), *listen, *reports[1], *dst)

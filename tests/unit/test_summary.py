@@ -5,7 +5,7 @@ import re
 import pytest
 
 from migrate.errors import GuestOn, MigrationError
-from migrate.report.report import Integrity, Prediction, ReportBuilder
+from migrate.report.report import Integrity, Prediction, ReportBuilder, Role
 from migrate.report.summary import guest_line, share_text, shortened, summary_lines
 from tests.unit.report_sample import sample_report
 
@@ -65,6 +65,38 @@ def test_a_failed_migration_says_why_and_what_was_not_reached() -> None:
     assert "  on the wire  0 B for 0 B of pages (-)" in lines
     assert not any(line.startswith("  round") for line in lines)
     assert lines[-1] == "the guest runs on the source"
+
+
+def test_a_guest_that_was_stopped_is_not_said_to_have_gone_on_all_the_time() -> None:
+    builder = ReportBuilder("source", 0)
+    builder.report.guest_stopped = True
+    lines = summary_lines(builder.failed(1, MigrationError("the link broke"), "running"))
+    assert "  downtime     the guest was stopped, and nobody saw when it went on" in lines
+
+
+@pytest.mark.parametrize(
+    ("role", "guest_on", "text"),
+    [
+        (
+            "source",
+            GuestOn.UNKNOWN,
+            "ends with this command; whether the guest ran there, migr",
+        ),
+        ("source", GuestOn.NEITHER, "NEITHER side; the copy here ends with this command"),
+        ("destination", GuestOn.UNKNOWN, "if migrate-src still lives, otherwise it is gone"),
+        ("destination", GuestOn.NEITHER, "if migrate-src still lives, otherwise it is gone"),
+        ("source", GuestOn.SOURCE, "not running: its state is 'paused'"),
+    ],
+)
+def test_nobody_is_sent_to_the_monitor_of_a_simulated_guest(
+    role: Role, guest_on: GuestOn, text: str
+) -> None:
+    builder = ReportBuilder(role, 0)
+    builder.report.source = builder.report.destination = "simulate"
+    error = MigrationError("the link broke", guest_on=guest_on)
+    last = summary_lines(builder.failed(1, error, "paused"))[-1]
+    assert text in last
+    assert not re.search("QEMU|cont|query", last)
 
 
 def test_everything_unusual_is_told() -> None:

@@ -22,6 +22,7 @@ from migrate.simulation.virtio.options import (
     Reader,
     microseconds,
     milliseconds,
+    period_ms,
     virtio_table,
     whole,
 )
@@ -73,7 +74,7 @@ BALLOON_TABLE: Final[Mapping[str, Option]] = {
     "targets": Option((), _read_schedule),
     "chunk_pages": Option(256, whole(1, 256)),
     "chunk_us": Option(200.0, microseconds(low_ns=1), "chunk_ns"),
-    "stats_ms": Option(1000.0, milliseconds(), "stats_ns"),
+    "stats_ms": Option(1000.0, period_ms, "stats_ns"),
 }
 """``first_page``, ``page_count``: what the guest can spare. ``targets``: [milliseconds since
 power-on, pages] that the host asks for. ``chunk_us``: what the guest takes to find up to

@@ -250,6 +250,8 @@ class Client:
         options, timers = self._options, self._timers
         if not options.closed:
             timers.after(self._gap_ns(), "client-send")
+            # Of a gap with too many requests the rest was never sent.
+            self.not_sent += round(timers.late_ns * options.rate_per_s / 1e9)
         if len(self._outstanding) >= options.max_outstanding:
             self.not_sent += 1
             return

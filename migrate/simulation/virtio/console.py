@@ -9,7 +9,14 @@ from typing import Any, ClassVar, Final
 
 from migrate.errors import ParamsError
 from migrate.simulation.virtio.device import VirtioDevice, Virtqueue, Wiring
-from migrate.simulation.virtio.options import Option, milliseconds, virtio_table, whole
+from migrate.simulation.virtio.options import (
+    MIN_PERIOD_NS,
+    Option,
+    milliseconds,
+    period_ms,
+    virtio_table,
+    whole,
+)
 from migrate.simulation.virtio.ring import U64, fields_of
 from proto.errors import MessageError
 from proto.packing import boolean, integer, sequence
@@ -23,9 +30,9 @@ _PIPE_BYTES: Final = 1 << 16
 
 CONSOLE_TABLE: Final[Mapping[str, Option]] = {
     **virtio_table(queue_size=64),
-    "line_ms": Option(10.0, milliseconds(low_ns=1_000), "line_ns"),
+    "line_ms": Option(10.0, milliseconds(low_ns=MIN_PERIOD_NS), "line_ns"),
     "lines_at_once": Option(1, whole(1, 64)),
-    "input_ms": Option(100.0, milliseconds(), "input_ns"),
+    "input_ms": Option(100.0, period_ms, "input_ns"),
 }
 """``line_ms``: between the guest's writes of ``lines_at_once`` lines. ``input_ms``: between
 lines that somebody types at the host, 0 = nobody does."""
@@ -192,6 +199,8 @@ class ConsoleDevice(VirtioDevice):
     def _type_line(self, _: int) -> None:
         if self._draining:
             return
+        # Of a gap with too many lines the rest was never typed.
+        self.counters["lines_dropped"] += self._outside.late_ns // self._options["input_ns"]
         if len(self._typed) < _MAX_TYPED:
             self.lines_typed += 1
             self._typed.append(self.lines_typed)

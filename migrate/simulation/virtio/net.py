@@ -31,7 +31,7 @@ from migrate.simulation.virtio.options import (
     VHOST_TABLE,
     Option,
     microseconds,
-    milliseconds,
+    period_ms,
     virtio_table,
     whole,
 )
@@ -76,7 +76,7 @@ NET_TABLE: Final[Mapping[str, Option]] = {
     "backlog_packets": Option(500, whole(1, _MAX_BACKLOG)),
     "transmit_us": Option(1.0, microseconds(1e6), "transmit_ns"),
     "batch": Option(1, whole(1, 64)),
-    "control_ms": Option(250.0, milliseconds(), "control_ns"),
+    "control_ms": Option(250.0, period_ms, "control_ns"),
 }
 """``rx_buffers``: 0 posts as many as the queue holds. ``backlog_packets``: what the host keeps
 while the guest has posted none, or stands still; more are dropped. ``batch``: answers that the

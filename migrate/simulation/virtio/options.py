@@ -17,6 +17,9 @@ Reader = Callable[[str, object], object]
 _US_NS: Final = 1_000
 _MS_NS: Final = 1_000_000
 
+MIN_PERIOD_NS: Final = 10_000
+"""Of what goes on by itself, whether or not anybody waits for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -124,6 +127,11 @@ def microseconds(high: float = 1e9, *, low_ns: int = 0) -> Reader:
 def milliseconds(high: float = 1e9, *, low_ns: int = 0) -> Reader:
     """Read a time in milliseconds; gives integer nanoseconds."""
     return _time(_MS_NS, low_ns, high)
+
+
+def period_ms(where: str, value: object) -> int:
+    """Read milliseconds between repetitions, at least ``MIN_PERIOD_NS``; 0 stays 0: never."""
+    return milliseconds(low_ns=MIN_PERIOD_NS if value else 0)(where, value)  # type: ignore[return-value]
 
 
 def virtio_table(*, queue_size: int, packed: bool = False) -> dict[str, Option]:

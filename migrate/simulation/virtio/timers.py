@@ -36,9 +36,11 @@ class Timers:
 
     On the guest's clock a stop is no time at all. The clock outside goes on: whoever resumes the
     guest tells by how much (``skip``), and what fell due meanwhile happens at once, in order,
-    each seeing its own instant as ``now_ns``.
+    each seeing its own instant as ``now_ns``; if it is more than a guest may make up for
+    (``Scheduler.may_make_up``), the rest sees the end of the gap and is told how late it is.
 
     Attributes:
+        late_ns: By how much the event that happens now was put off, 0 for nearly all.
         actions: What each name does; filled before the first event.
     """
 
@@ -53,6 +55,8 @@ class Timers:
         self._running = False
         self._epoch = 0
         self._frozen_at_ns = 0
+        self._gap_end_ns = 0
+        self.late_ns = 0
 
     @property
     def now_ns(self) -> int:
@@ -95,6 +99,7 @@ class Timers:
         if not self._running:
             self._offset_ns = self._frozen_at_ns - self._scheduler.now_ns
             self._running = True
+            self._gap_end_ns = self._frozen_at_ns
             if self._heap:
                 self._arm(self._heap[0][0])
 
@@ -146,12 +151,22 @@ class Timers:
         heap, actions = self._heap, self.actions
         try:
             while heap and heap[0][0] <= now_ns:
+                self._count(heap[0][0])
                 due_ns, _, name, number = heapq.heappop(heap)
-                self._instant_ns = due_ns
+                self._instant_ns = due_ns + self.late_ns
                 actions[name](number)
         finally:
             self._instant_ns = None
-        if self._armed_ns is not None and self._armed_ns <= now_ns:
-            self._armed_ns = None
-        if heap:
-            self._arm(heap[0][0])
+            self.late_ns = 0
+            if self._armed_ns is not None and self._armed_ns <= now_ns:
+                self._armed_ns = None
+            if heap:
+                self._arm(heap[0][0])
+
+    def _count(self, due_ns: int) -> None:
+        """Count an event before it happens, and say how late it is."""
+        self.late_ns = 0
+        if due_ns >= self._gap_end_ns:
+            self._scheduler.count_event()
+        elif not self._scheduler.may_make_up():
+            self.late_ns = self._gap_end_ns - due_ns
