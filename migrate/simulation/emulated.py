@@ -88,7 +88,7 @@ class EmulatedDevice(ABC):
         self._area = Area(wiring.area)
         self._chance = Chance(wiring.seed)
         self._timers = Timers(wiring.scheduler)
-        self._outside = Timers(wiring.scheduler)
+        self._outside = Timers(wiring.scheduler, beside=self._timers)
         self._timers.actions = {"access": self._accessed}
         self.programs = programs
         self._routines: deque[tuple[str, int]] = deque()

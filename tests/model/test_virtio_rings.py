@@ -49,7 +49,8 @@ OPTIONS: Final[dict[str, dict[str, Any]]] = {
         "accept_queue": st.sampled_from([1, 4, 64]),
         "backlog_packets": st.sampled_from([1, 8, 64]),
         "batch": st.integers(1, 4),
-        "transmit_us": st.sampled_from([0, 5]),
+        # 0 would let users who do not think have all their requests answered in no time at all.
+        "transmit_us": st.sampled_from([0.5, 5]),
         "resend_ms": st.just(3),
         "max_outstanding": st.just(48),
         "request_bytes": st.sampled_from([16, 300]),
@@ -262,11 +263,7 @@ def test_nothing_is_lost_or_done_twice_wherever_the_stops_fall(
 def test_a_guest_that_was_moved_does_what_one_that_stayed_does(
     kind: str, data: st.DataObject, seed: int, events: int
 ) -> None:
-    """But for the announcement of a network device, a stop of no time changes nothing.
-
-    Two events of the same instant, one of the guest and one of the world outside, may change
-    places, and then a notification is spared or is not.
-    """
+    """But for the announcement of a network device, a stop of no time changes nothing."""
     options = data.draw(st.fixed_dictionaries(OPTIONS[kind]))
     stayed, moved = Life(kind, options, seed), Life(kind, options, seed)
     moved.host.device._arrived = lambda: None  # type: ignore[method-assign]
@@ -281,16 +278,10 @@ def test_a_guest_that_was_moved_does_what_one_that_stayed_does(
         life.host.run(3 * MS)
         life.host.device.quiesce()
     assert moved.host.ram.data == stayed.host.ram.data
-    assert with_notifications_summed(moved) == with_notifications_summed(stayed)
+    assert through_msgpack(moved.host.device.save()) == through_msgpack(
+        stayed.host.device.save()
+    )
     assert moved.host.done == stayed.host.done
-
-
-def with_notifications_summed(life: Life) -> dict[str, Any]:
-    state = through_msgpack(life.host.device.save())
-    for queue in state["queues"]:
-        for name in ("kicks", "interrupts"):
-            queue[name] += queue.pop(f"{name}_saved")
-    return state
 
 
 # Faults planted into one step of the migration; each must be noticed.

@@ -55,7 +55,7 @@ def loaded(remaining_ns: int) -> list[int]:
     scheduler, found = PlainScheduler(), list[int]()
     timers = Timers(scheduler)
     timers.actions = {"tick": lambda _: found.append(timers.now_ns)}
-    timers.load("a clock", [[remaining_ns, "tick", 0]], 7 * 1_000_000_000, {"tick": 0})
+    timers.load("a clock", [[remaining_ns, "tick", 0, 0]], 7 * 1_000_000_000, {"tick": 0})
     timers.thaw()
     scheduler.run_until(MS)
     return found
@@ -77,7 +77,7 @@ def test_a_client_that_would_make_up_for_a_century_is_refused() -> None:
     host.run(MS)
     host.device.quiesce()
     state = host.device.save()
-    state["outside_timers"] = [[-MAX_AHEAD_NS, "client-send", 0]]
+    state["outside_timers"] = [[-MAX_AHEAD_NS, "client-send", 0, 0]]
     with pytest.raises(MessageError, match="outside_timers"):
         Host("virtio-net", OPTIONS["virtio-net"]).device.load(state)
 
@@ -91,7 +91,7 @@ def test_an_emulated_device_refuses_the_same() -> None:
         )  # fmt: skip
 
     state = nic().save()
-    state["outside_timers"] = [[-MAX_BEHIND_NS - 1, "client-send", 0]]
+    state["outside_timers"] = [[-MAX_BEHIND_NS - 1, "client-send", 0, 0]]
     with pytest.raises(MessageError, match="outside_timers"):
         nic().load(state)
 

@@ -170,7 +170,7 @@ class VirtioDevice(ABC):
         self._area = Area(wiring.area)
         self._chance = Chance(wiring.seed)
         self._timers = Timers(wiring.scheduler)
-        self._outside = Timers(wiring.scheduler)
+        self._outside = Timers(wiring.scheduler, beside=self._timers)
         self._exit_ns: int = options["exit_ns"]
         self._debt_ns = 0
         self._running = False
