@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Final
 
 from migrate.errors import ParamsError
 from migrate.simulation.base import GuestRam, Scheduler
-from migrate.simulation.virtio.chance import MAX_STATE, Chance
+from migrate.simulation.chance import MAX_STATE, Chance
+from migrate.simulation.options import Option, microseconds, read_options
+from migrate.simulation.timers import MAX_AHEAD_NS, Action, Timers
 from migrate.simulation.virtio.device import Wiring, not_counted
 from migrate.simulation.virtio.layout import Area
-from migrate.simulation.virtio.options import Option, microseconds, read_options
 from migrate.simulation.virtio.ring import fields_of
-from migrate.simulation.virtio.timers import MAX_AHEAD_NS, Action, Timers
 from proto.errors import MessageError
 from proto.packing import integer, record, sequence, text
 

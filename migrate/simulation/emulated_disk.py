@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, cast
 
 from migrate.errors import ParamsError
+from migrate.simulation.application import APPLICATION_TABLE, MAX_DEPTH, Application
+from migrate.simulation.disk import MAX_BLOCKS, Disk
 from migrate.simulation.emulated import EMULATED_TABLE, EmulatedDevice
-from migrate.simulation.virtio.application import APPLICATION_TABLE, MAX_DEPTH, Application
+from migrate.simulation.options import Option, microseconds, real, whole
 from migrate.simulation.virtio.device import Wiring
-from migrate.simulation.virtio.disk import MAX_BLOCKS, Disk
 from migrate.simulation.virtio.layout import Segment
-from migrate.simulation.virtio.options import Option, microseconds, real, whole
 from migrate.simulation.virtio.ring import U32, U64, DriverHalf, fields_of
 from proto.errors import MessageError
 from proto.packing import binary, boolean, integer, optional, record, sequence
@@ -158,14 +158,8 @@ class EmulatedDisk(EmulatedDevice):
 
     def statistics(self) -> dict[str, int]:
         """Counters of device, driver, application and disk; ``exits`` are register accesses."""
-        application = self.application
-        return {
-            **super().statistics(),
-            "requests_sent": application.submitted,
-            "requests_completed": application.completed,
-            "requests_outstanding": application.outstanding,
-            "foreign_writes": self.disk.foreign,
-        }
+        counts = self.application.statistics()
+        return {**super().statistics(), **counts, "foreign_writes": self.disk.foreign}
 
     def _power_on(self) -> None:
         self.application.begin()

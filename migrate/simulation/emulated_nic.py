@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-from migrate.simulation.emulated import EMULATED_TABLE, EmulatedDevice
-from migrate.simulation.virtio.client import (
+from migrate.simulation.client import (
     CLIENT_TABLE,
     REQUEST,
     RESPONSE,
@@ -22,10 +21,11 @@ from migrate.simulation.virtio.client import (
     number_in,
     packet,
 )
+from migrate.simulation.emulated import EMULATED_TABLE, EmulatedDevice
+from migrate.simulation.options import Option, microseconds, whole
+from migrate.simulation.server import SERVER_TABLE, Server
 from migrate.simulation.virtio.device import Wiring
-from migrate.simulation.virtio.options import Option, microseconds, whole
 from migrate.simulation.virtio.ring import U64, fields_of
-from migrate.simulation.virtio.server import SERVER_TABLE, Server
 from proto.errors import MessageError
 from proto.packing import boolean, integer, sequence
 
@@ -123,16 +123,7 @@ class EmulatedNic(EmulatedDevice):
 
     def statistics(self) -> dict[str, int]:
         """Counters of device, driver and client; ``exits`` are register accesses."""
-        client = self.client
-        return {
-            **super().statistics(),
-            "requests_sent": client.sent,
-            "requests_completed": client.completed,
-            "requests_outstanding": client.outstanding,
-            "requests_resent": client.resent,
-            "requests_not_sent": client.not_sent,
-            "unexpected_answers": client.unexpected,
-        }
+        return {**super().statistics(), **self.client.statistics()}
 
     def _power_on(self) -> None:
         self.client.begin()

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from migrate.simulation.timers import Timers
 from migrate.simulation.virtio.device import VirtioDevice
 from migrate.simulation.virtio.packed_ring import PackedDevice, PackedDriver
 from migrate.simulation.virtio.ring import DeviceHalf
 from migrate.simulation.virtio.split_ring import SplitDevice, SplitDriver
-from migrate.simulation.virtio.timers import Timers
 from proto.errors import MessageError
 from proto.ring_check import check_devices
 from tests.unit.sim_parts import MS, PAGE, Host, check_rings, through_msgpack

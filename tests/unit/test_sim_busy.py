@@ -10,11 +10,11 @@ from migrate.errors import GuestError, ParamsError
 from migrate.simulation.emulated import make_device as make_emulated
 from migrate.simulation.events import EVENT_NS, MAX_MADE_UP, MAX_UNPAID, EventQueue
 from migrate.simulation.guest import SimulatedGuest, load_guest
+from migrate.simulation.options import MIN_PERIOD_NS, period_ms
 from migrate.simulation.profile import Profile, read_profile
 from migrate.simulation.ram import SimulatedRam
+from migrate.simulation.timers import Timers
 from migrate.simulation.virtio.factory import make_device as make_virtio
-from migrate.simulation.virtio.options import MIN_PERIOD_NS, period_ms
-from migrate.simulation.virtio.timers import Timers
 from migrate.units import NS_PER_MS, NS_PER_S
 from tests.simulated import FakeTime
 from tests.unit.sim_parts import Host

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 
 from migrate.errors import ParamsError
 from migrate.simulation.base import SimulatedDevice
-from migrate.simulation.virtio.balloon import BalloonDevice
-from migrate.simulation.virtio.blk import BlkDevice
-from migrate.simulation.virtio.chance import Chance
-from migrate.simulation.virtio.client import (
+from migrate.simulation.chance import Chance
+from migrate.simulation.client import (
     REQUEST,
     RESPONSE,
     Client,
@@ -24,12 +22,14 @@ from migrate.simulation.virtio.client import (
     number_in,
     packet,
 )
+from migrate.simulation.disk import Disk, block_content
+from migrate.simulation.timers import Timers
+from migrate.simulation.virtio.balloon import BalloonDevice
+from migrate.simulation.virtio.blk import BlkDevice
 from migrate.simulation.virtio.device import DRIVER_OK, NEEDS_RESET
-from migrate.simulation.virtio.disk import Disk, block_content
 from migrate.simulation.virtio.factory import KINDS, make_device
 from migrate.simulation.virtio.layout import Element
 from migrate.simulation.virtio.net import NetDevice
-from migrate.simulation.virtio.timers import Timers
 from proto.errors import RemoteProtocolError
 from proto.virtqueue import RING_PACKED_FEATURE, VERSION_1_FEATURE
 from tests.unit.sim_parts import (

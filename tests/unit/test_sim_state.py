@@ -10,8 +10,8 @@ from migrate.simulation.emulated import make_device as make_emulated
 from migrate.simulation.guest import SimulatedGuest, load_guest
 from migrate.simulation.profile import read_profile
 from migrate.simulation.ram import SimulatedRam
+from migrate.simulation.timers import MAX_AHEAD_NS, MAX_BEHIND_NS, Timers
 from migrate.simulation.virtio.factory import KINDS
-from migrate.simulation.virtio.timers import MAX_AHEAD_NS, MAX_BEHIND_NS, Timers
 from proto.errors import MessageError
 from proto.packing import unpack_map
 from tests.simulated import FakeTime

@@ -15,9 +15,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from migrate.errors import ParamsError
-from migrate.simulation.virtio.device import VirtioDevice, Virtqueue, Wiring
-from migrate.simulation.virtio.layout import Element
-from migrate.simulation.virtio.options import (
+from migrate.simulation.options import (
     Option,
     Reader,
     microseconds,
@@ -26,6 +24,8 @@ from migrate.simulation.virtio.options import (
     virtio_table,
     whole,
 )
+from migrate.simulation.virtio.device import VirtioDevice, Virtqueue, Wiring
+from migrate.simulation.virtio.layout import Element
 from migrate.simulation.virtio.ring import fields_of
 from proto.errors import MessageError
 from proto.packing import boolean, integer, record, sequence

@@ -13,11 +13,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from migrate.errors import ParamsError
-from migrate.simulation.virtio.application import APPLICATION_TABLE, Application
-from migrate.simulation.virtio.device import COUNT, VirtioDevice, Virtqueue, Wiring
-from migrate.simulation.virtio.disk import MAX_BLOCKS, Disk
-from migrate.simulation.virtio.layout import Element
-from migrate.simulation.virtio.options import (
+from migrate.simulation.application import APPLICATION_TABLE, Application
+from migrate.simulation.disk import MAX_BLOCKS, Disk
+from migrate.simulation.options import (
     VHOST_TABLE,
     Option,
     microseconds,
@@ -25,6 +23,8 @@ from migrate.simulation.virtio.options import (
     virtio_table,
     whole,
 )
+from migrate.simulation.virtio.device import COUNT, VirtioDevice, Virtqueue, Wiring
+from migrate.simulation.virtio.layout import Element
 from migrate.simulation.virtio.ring import SLOT, fields_of
 from proto.errors import MessageError
 from proto.packing import integer, record, sequence
@@ -116,14 +116,8 @@ class BlkDevice(VirtioDevice):
 
     def statistics(self) -> dict[str, int]:
         """Counters of device, queue, application and disk."""
-        application = self.application
-        return {
-            **super().statistics(),
-            "requests_sent": application.submitted,
-            "requests_completed": application.completed,
-            "requests_outstanding": application.outstanding,
-            "foreign_writes": self.disk.foreign,
-        }
+        counts = self.application.statistics()
+        return {**super().statistics(), **counts, "foreign_writes": self.disk.foreign}
 
     def _power_on(self) -> None:
         self._queue.driver.listen()

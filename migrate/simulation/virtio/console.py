@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from migrate.errors import ParamsError
-from migrate.simulation.virtio.device import VirtioDevice, Virtqueue, Wiring
-from migrate.simulation.virtio.options import (
+from migrate.simulation.options import (
     MIN_PERIOD_NS,
     Option,
     milliseconds,
@@ -17,6 +16,7 @@ from migrate.simulation.virtio.options import (
     virtio_table,
     whole,
 )
+from migrate.simulation.virtio.device import VirtioDevice, Virtqueue, Wiring
 from migrate.simulation.virtio.ring import U64, fields_of
 from proto.errors import MessageError
 from proto.packing import boolean, integer, sequence

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from migrate.errors import ParamsError
 from migrate.simulation.base import GuestRam, Scheduler
-from migrate.simulation.virtio.chance import MAX_STATE, Chance
+from migrate.simulation.chance import MAX_STATE, Chance
+from migrate.simulation.timers import MAX_AHEAD_NS, Action, Timers
 from migrate.simulation.virtio.layout import Area, RingPlace
 from migrate.simulation.virtio.packed_ring import PackedDevice, PackedDriver
 from migrate.simulation.virtio.ring import DeviceHalf, DriverHalf, fields_of
 from migrate.simulation.virtio.split_ring import SplitDevice, SplitDriver
-from migrate.simulation.virtio.timers import MAX_AHEAD_NS, Action, Timers
 from proto.errors import MessageError
 from proto.packing import boolean, integer, sequence, text
 from proto.virtqueue import (

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from migrate.errors import ParamsError
 from migrate.simulation.base import GuestRam, Scheduler
+from migrate.simulation.options import Option, read_options
 from migrate.simulation.virtio.balloon import BALLOON_TABLE, BalloonDevice
 from migrate.simulation.virtio.blk import BLK_TABLE, BlkDevice
 from migrate.simulation.virtio.console import CONSOLE_TABLE, ConsoleDevice
@@ -17,7 +18,6 @@ from migrate.simulation.virtio.device import (
     nothing,
 )
 from migrate.simulation.virtio.net import NET_TABLE, NetDevice
-from migrate.simulation.virtio.options import Option, read_options
 
 KINDS: Final[Mapping[str, tuple[type[VirtioDevice], Mapping[str, Option]]]] = MappingProxyType(
     {

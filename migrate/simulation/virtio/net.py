@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from migrate.errors import ParamsError
-from migrate.simulation.virtio.client import (
+from migrate.simulation.client import (
     ANNOUNCEMENT,
     CLIENT_TABLE,
     PACKET_HEAD,
@@ -25,9 +25,7 @@ from migrate.simulation.virtio.client import (
     number_in,
     packet,
 )
-from migrate.simulation.virtio.device import VirtioDevice, Virtqueue, Wiring
-from migrate.simulation.virtio.layout import Element
-from migrate.simulation.virtio.options import (
+from migrate.simulation.options import (
     VHOST_TABLE,
     Option,
     microseconds,
@@ -35,8 +33,10 @@ from migrate.simulation.virtio.options import (
     virtio_table,
     whole,
 )
+from migrate.simulation.server import SERVER_TABLE, Server
+from migrate.simulation.virtio.device import VirtioDevice, Virtqueue, Wiring
+from migrate.simulation.virtio.layout import Element
 from migrate.simulation.virtio.ring import U64, fields_of
-from migrate.simulation.virtio.server import SERVER_TABLE, Server
 from proto.errors import MessageError
 from proto.packing import boolean, integer, sequence
 
@@ -177,16 +177,7 @@ class NetDevice(VirtioDevice):
 
     def statistics(self) -> dict[str, int]:
         """Counters of device, queues and client."""
-        client = self.client
-        return {
-            **super().statistics(),
-            "requests_sent": client.sent,
-            "requests_completed": client.completed,
-            "requests_outstanding": client.outstanding,
-            "requests_resent": client.resent,
-            "requests_not_sent": client.not_sent,
-            "unexpected_answers": client.unexpected,
-        }
+        return {**super().statistics(), **self.client.statistics()}
 
     def _power_on(self) -> None:
         for buffer in range(self._rx_count):

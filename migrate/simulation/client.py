@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from migrate.simulation.virtio.chance import Chance
-from migrate.simulation.virtio.options import (
+from migrate.simulation.chance import Chance
+from migrate.simulation.options import (
     Option,
     microseconds,
     milliseconds,
@@ -20,8 +20,8 @@ from migrate.simulation.virtio.options import (
     whole,
     word,
 )
+from migrate.simulation.timers import MAX_AHEAD_NS, Timers
 from migrate.simulation.virtio.ring import U64, fields_of
-from migrate.simulation.virtio.timers import MAX_AHEAD_NS, Timers
 from proto.errors import MessageError
 from proto.packing import boolean, integer, record, sequence
 
@@ -179,6 +179,17 @@ class Client:
     def outstanding(self) -> int:
         """Requests that wait for their answer."""
         return len(self._outstanding)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters, under the names that devices report them with."""
+        return {
+            "requests_sent": self.sent,
+            "requests_completed": self.completed,
+            "requests_outstanding": self.outstanding,
+            "requests_resent": self.resent,
+            "requests_not_sent": self.not_sent,
+            "unexpected_answers": self.unexpected,
+        }
 
     def begin(self) -> None:
         """Schedule the first requests; users begin one after the other."""

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from migrate.simulation.base import GuestRam
-from migrate.simulation.virtio.chance import Chance
-from migrate.simulation.virtio.disk import block_content
+from migrate.simulation.chance import Chance
+from migrate.simulation.disk import block_content
+from migrate.simulation.options import Option, microseconds, real, whole
+from migrate.simulation.timers import MAX_AHEAD_NS, Timers
 from migrate.simulation.virtio.layout import Area, Segment
-from migrate.simulation.virtio.options import Option, microseconds, real, whole
 from migrate.simulation.virtio.ring import U32, U64, DriverHalf, fields_of
-from migrate.simulation.virtio.timers import MAX_AHEAD_NS, Timers
 from proto.errors import MessageError
 from proto.packing import boolean, integer, record, sequence
 
@@ -107,6 +107,14 @@ class Application:
     def outstanding(self) -> int:
         """Requests that have not come back."""
         return len(self._requests)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters, under the names that devices report them with."""
+        return {
+            "requests_sent": self.submitted,
+            "requests_completed": self.completed,
+            "requests_outstanding": self.outstanding,
+        }
 
     def begin(self) -> None:
         """Schedule the first requests and forget all versions."""

@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from migrate.simulation.virtio.chance import Chance
-from migrate.simulation.virtio.options import Option, microseconds, whole, word
+from migrate.simulation.chance import Chance
+from migrate.simulation.options import Option, microseconds, whole, word
+from migrate.simulation.timers import Timers
 from migrate.simulation.virtio.ring import U64, fields_of
-from migrate.simulation.virtio.timers import Timers
 from proto.errors import MessageError
 from proto.packing import integer, sequence
 
