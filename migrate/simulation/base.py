@@ -100,7 +100,10 @@ class SimulatedDevice(Protocol):
         ...
 
     def drain(self) -> None:
-        """Ask for nothing new: clients, applications and consoles fall silent."""
+        """Ask for nothing new: clients, applications and consoles fall silent.
+
+        What the profile schedules, such as a balloon's targets, still comes when it is due.
+        """
         ...
 
     def statistics(self) -> dict[str, int]:

@@ -106,8 +106,21 @@ def drain(device: Any) -> None:  # noqa: ANN401 - virtio or emulated
     device.drain()
 
 
+def last_wish(profile: Profile) -> tuple[float, int]:
+    """Return when the host says for the last time what its balloon shall hold, and how much.
+
+    Draining does not end a schedule: between two wishes a balloon is only quiet.
+
+    Returns:
+        Milliseconds since power-on, and pages; nought and nought without wishes.
+    """
+    wishes = [wish for spec in profile.devices for wish in spec.options.get("targets", ())]
+    at_ms, pages = max(wishes, default=(0, 0))
+    return at_ms, pages
+
+
 def settled(device: Any) -> bool:  # noqa: ANN401 - virtio or emulated
-    """Whether nothing is under way any more."""
+    """Whether nothing is under way any more, if nothing new is asked for."""
     counts = statistics(device)
     lines = counts.get("lines_written", 0) + counts.get("lines_typed", 0)
     seen = counts.get("lines_seen", 0) + counts.get("lines_got", 0)
@@ -140,6 +153,7 @@ def judge(
         kinds = counts["reads"] + counts["writes"] + counts["flushes"]
         assert kinds == counts["requests_completed"]
     if "actual_pages" in counts:
+        assert counts["target_pages"] == last_wish(guest.profile)[1]
         end = guest.ram.page_count - SCRATCH_PAGES
         in_balloon = pages_between(guest.ram.ballooned_pages(), end - BALLOON_PAGES, end)
         assert counts["actual_pages"] == len(in_balloon)
@@ -332,6 +346,8 @@ class Life:
         self.move = None
         for device in self.guest.devices:
             drain(device)
+        wished_ns = int(last_wish(self.profile)[0] * NS_PER_MS)
+        self.live(max(0, wished_ns - self.guest.queue.now_ns))
         for _ in range(MAX_DRAIN_STEPS):
             self.live(DRAIN_STEP_NS)
             if all(settled(device) for device in self.guest.devices):

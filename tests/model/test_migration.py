@@ -29,7 +29,7 @@ from migrate.errors import GuestOn
 from migrate.lab.virtual import VirtualParams
 from migrate.pages.apply import AppliedBatch, PageApplier
 from migrate.simulation.dirty_bitmap import DirtyBitmap
-from migrate.simulation.profile import Profile
+from migrate.simulation.profile import Profile, read_profile
 from migrate.simulation.ram import Pages, SimulatedRam
 from migrate.simulation.virtio.ring import DeviceHalf
 from migrate.transport.memory_link import MemoryLinkParams
@@ -39,7 +39,7 @@ from proto.guest_events import PAGE_SIZE
 from proto.link.pages import PageBatch
 from tests.conftest import IN_CI
 from tests.model.guest_profiles import FAMILIES, profiles
-from tests.model.migration_model import SCRATCH_PAGES, Life, Way, Who
+from tests.model.migration_model import SCRATCH_PAGES, Life, Way, Who, statistics
 from tests.model.one_move import MoveParams
 from tests.model.whole_engine import Migration, calm, links, parameters
 
@@ -225,6 +225,21 @@ def test_guest_arrives_as_it_left_wherever_the_stop_falls(family: str, half: int
     run_state_machine_as_test(lives, settings=MACHINE)
     assert lives.runs >= RUNS
     assert lives.arrived >= lives.runs
+
+
+def test_a_balloon_that_is_quiet_between_two_wishes_is_not_judged_yet() -> None:
+    """After 5 ms it holds what was wished for; after 10 ms it is giving back a later wish."""
+    balloon = {
+        "kind": "virtio-balloon", "name": "balloon.0", "area": "256KiB", "queue_size": 2,
+        "kick_us": 0, "interrupt_us": 0, "first_page": 896, "page_count": 80, "chunk_pages": 1,
+        "chunk_us": 150, "targets": [[3.6, 9], [6.2, 17], [7.5, 0]],
+    }  # fmt: skip
+    life = Life(read_profile({"name": "balloon", "ram": "4MiB", "devices": [balloon]}))
+    life.begin_move(LAST_MOVE)
+    life.stop("arrives", 0)
+    life.finish()
+    counts = statistics(life.guest.devices[0])
+    assert counts["inflated"] == counts["deflated"] == 17
 
 
 # --- faults planted into one step of a migration; each must be found -----------------------------
