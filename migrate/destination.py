@@ -160,7 +160,9 @@ class DestinationRun:
                     simulated.tell(self._session.builder.report)
                 self._trace_counts(simulated.guest)
         elif params.qmp is not None:
-            async with open_qemu_destination(params.qmp, run_dir) as attached:
+            async with open_qemu_destination(
+                params.qmp, run_dir, landing=params.landing == "auto"
+            ) as attached:
                 yield attached
         else:
             assert params.qemu_argv is not None
@@ -195,7 +197,11 @@ class DestinationRun:
             if starting.cancelled_caught:
                 raise GuestError(f"QEMU opened no monitor within {START_S:.0f} s")
             async with open_qemu_destination(
-                qemu.qmp_path, run_dir, owned=qemu, argv=argv
+                qemu.qmp_path,
+                run_dir,
+                owned=qemu,
+                argv=argv,
+                landing=self._params.landing == "auto",
             ) as guest:
                 yield guest
         finally:
@@ -301,6 +307,7 @@ class DestinationRun:
                 session.warn(warning)
             session.builder.report.not_checked += agreement.not_checked
             session.builder.report.commit = reported_commit(agreement.kind, guest.form)
+            session.builder.report.landed = sorted(agreement.landed)
             await self._carry(guest, link, agreement)
             nursery.cancel_scope.cancel()
 

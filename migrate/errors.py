@@ -165,6 +165,13 @@ class RingsInconsistentError(GuestError):
         return error
 
 
+class LandingError(GuestError):
+    """The destination QEMU's memory, which pages are written into directly, cannot be reached."""
+
+    exit_code = 28
+    code = "landing"
+
+
 class MigrationCancelledError(MigrationError):
     """The user, or a signal, cancelled the migration."""
 

@@ -44,6 +44,7 @@ class Agreement:
         kind: Who commits.
         seed: Digest seed.
         slot_count: Page cache slots.
+        landed: RAM blocks whose pages are written into the destination guest's RAM in place.
         warnings: What a person should know.
         not_checked: What the comparison could not look at.
     """
@@ -52,6 +53,7 @@ class Agreement:
     kind: CommitKind
     seed: int
     slot_count: int
+    landed: frozenset[str]
     warnings: tuple[str, ...]
     not_checked: tuple[str, ...]
 
@@ -94,6 +96,7 @@ async def introduce(
         kind=CommitKind(welcome.commit),
         seed=hello.digest_seed,
         slot_count=welcome.cache_slots,
+        landed=frozenset(welcome.landed),
         warnings=tuple(welcome.warnings),
         not_checked=_not_checked(facts.missing, welcome.facts_missing),
     )
@@ -131,14 +134,8 @@ async def answer_hello(
                 "(migrate-dst --incoming); this migrate-dst commands its QEMU itself"
             )
         facts = await guest.facts()
-        differences = compare_machines(hello, facts)
-        errors = [d.text for d in differences if d.severity is Severity.ERROR]
-        if errors:
-            raise MachineMismatchError(
-                "the two machines differ: "
-                + "; ".join(errors)
-                + ". The guest stays where it is"
-            )
+        warnings = _machine_warnings(hello, facts)
+        landed = await guest.prepare_landing()
         if isinstance(guest, SimulatedDestination) and hello.facts is not None:
             await guest.prepare(hello.facts)
     except MigrationError as error:
@@ -150,14 +147,15 @@ async def answer_hello(
         commanded=guest.commanded,
         return_path=hello.return_path,
     )
-    warnings = tuple(clip_text(d.text) for d in differences if d.severity is not Severity.ERROR)
-    slot_count = min(hello.cache_slots, cache_max_bytes // PAGE_SIZE)
+    # A guest's RAM holds more pages than any cache of them.
+    slot_count = 0 if landed else min(hello.cache_slots, cache_max_bytes // PAGE_SIZE)
     await link.send(
         Welcome(
             commit=kind.value,
             cache_slots=slot_count,
             facts=facts.machine,
             facts_missing=facts.missing,
+            landed=landed,
             warnings=warnings[:MAX_WARNINGS],
         )
     )
@@ -166,6 +164,7 @@ async def answer_hello(
         kind=kind,
         seed=hello.digest_seed,
         slot_count=slot_count,
+        landed=frozenset(landed),
         warnings=warnings,
         not_checked=_not_checked(hello.facts_missing, facts.missing),
     )
@@ -187,6 +186,22 @@ def commit_kind(*, relay: bool, commanded: bool, return_path: bool) -> CommitKin
 def reported_commit(kind: CommitKind, form: str) -> Commit:
     """What the report calls the handover: no QEMU takes part in that of a simulated guest."""
     return "simulated" if form == "simulate" else kind.value
+
+
+def _machine_warnings(hello: Hello, destination: Facts) -> tuple[str, ...]:
+    """Compare both machines; what a person should know of the differences.
+
+    Raises:
+        MachineMismatchError: They differ in a way that damages the guest.
+        PeerProtocolError: The peer's facts are none.
+    """
+    differences = compare_machines(hello, destination)
+    errors = [d.text for d in differences if d.severity is Severity.ERROR]
+    if errors:
+        raise MachineMismatchError(
+            f"the two machines differ: {'; '.join(errors)}. The guest stays where it is"
+        )
+    return tuple(clip_text(d.text) for d in differences)
 
 
 def compare_machines(hello: Hello, destination: Facts) -> list[Difference]:

@@ -250,6 +250,7 @@ class Inbound:
                 slot_count=self._slot_count,
                 allocate=self._guest.allocate,
                 fresh_blocks=self._guest.fresh_blocks(blocks),
+                landed=self._guest.landed_blocks(blocks),
             )
         except MemoryError as error:
             raise PeerProtocolError(

@@ -42,6 +42,7 @@ MAX_ZSTD_LEVEL: Final = 19
 
 CompressMode = Literal["auto", "none", "lz4", "zstd"]
 CommitMode = Literal["auto", "relay"]
+LandingMode = Literal["auto", "never"]
 AfterMode = Literal["keep", "quit"]
 
 _REFUSED_QEMU_OPTIONS: Final = {
@@ -345,6 +346,7 @@ class DestinationParams:
         simulate: Take in a simulated guest; exclusive with the three ways above.
         run_for_s: Seconds that a simulated guest lives here after the handover.
         cache_max_bytes: Largest page cache a source may ask for.
+        landing: ``auto`` writes pages straight into the QEMU's RAM where that is possible.
         allow_inconsistent_rings: As for the source, for a guest whose source cannot check.
         state_dir: Where the handover is recorded; survives a crash of the host.
         run_dir: Where the sockets and logs of a QEMU that we start live; made with mode 0700.
@@ -359,6 +361,7 @@ class DestinationParams:
     simulate: bool = False
     run_for_s: float = DEFAULT_RUN_FOR_S
     cache_max_bytes: int = 1 * GIB
+    landing: LandingMode = "auto"
     allow_inconsistent_rings: bool = False
     state_dir: Path
     run_dir: Path

@@ -245,6 +245,7 @@ class SourceRun:
             session.warn(warning)
         session.builder.report.not_checked += agreement.not_checked
         session.builder.report.commit = reported_commit(agreement.kind, guest.form)
+        session.builder.report.landed = sorted(agreement.landed)
         await self._carry(guest, link, agreement, pending)
 
     def _begin_handover(

@@ -139,6 +139,7 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
         facts=facts,
         facts_missing=texts,
         capabilities=name_lists,
+        landed=st.lists(names, max_size=3).map(tuple),
         warnings=st.lists(texts, max_size=3).map(tuple),
     ),
     FrameType.REFUSED: st.builds(m.Refused, names, texts),

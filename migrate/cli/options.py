@@ -151,21 +151,7 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def destination_parser() -> argparse.ArgumentParser:
-    """Build the parser of ``migrate-dst``; ``parse_destination`` is what commands use."""
-    parser = _parser(
-        "migrate-dst",
-        "Wait for migrate-src and load the guest it sends into a QEMU on this host, or "
-        "simulate it here.",
-        "Everything behind '--' is the command of a QEMU to start, written as on the source; "
-        "migrate-dst adds -S, -incoming defer and a QMP socket.",
-        usage="migrate-dst --listen HOST:PORT [option ...]\n                   "
-        "(-- QEMU COMMAND | --qmp SOCKET | --incoming ADDRESS | --simulate)",
-    )
-    parser.add_argument(
-        "--listen", required=True, metavar="HOST:PORT", type=_checked(LinkAddress.parse),
-        help="where to wait for migrate-src; port 0 takes a free one and prints it",
-    )  # fmt: skip
+def _add_destination_guest(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the destination's guest (exactly one way)")
     group.add_argument(
         "--qmp", metavar="SOCKET", type=Path,
@@ -182,6 +168,28 @@ def destination_parser() -> argparse.ArgumentParser:
         "--run-for", metavar="TIME", type=_checked(_parse_s), default="1s",
         help="how long a simulated guest lives here after the handover",
     )  # fmt: skip
+    group.add_argument(
+        "--landing", choices=("auto", "never"), default="auto",
+        help="auto: write pages straight into the QEMU's RAM where that is possible",
+    )  # fmt: skip
+
+
+def destination_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``migrate-dst``; ``parse_destination`` is what commands use."""
+    parser = _parser(
+        "migrate-dst",
+        "Wait for migrate-src and load the guest it sends into a QEMU on this host, or "
+        "simulate it here.",
+        "Everything behind '--' is the command of a QEMU to start, written as on the source; "
+        "migrate-dst adds -S, -incoming defer and a QMP socket.",
+        usage="migrate-dst --listen HOST:PORT [option ...]\n                   "
+        "(-- QEMU COMMAND | --qmp SOCKET | --incoming ADDRESS | --simulate)",
+    )
+    parser.add_argument(
+        "--listen", required=True, metavar="HOST:PORT", type=_checked(LinkAddress.parse),
+        help="where to wait for migrate-src; port 0 takes a free one and prints it",
+    )  # fmt: skip
+    _add_destination_guest(parser)
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--cache-max", metavar="SIZE", type=_checked(parse_size), default="1GiB",
@@ -258,6 +266,7 @@ def parse_destination(argv: Sequence[str]) -> DestinationParams:
             simulate=options.simulate,
             run_for_s=options.run_for,
             cache_max_bytes=options.cache_max,
+            landing=options.landing,
             allow_inconsistent_rings=options.allow_inconsistent_rings,
             state_dir=options.state_dir,
             run_dir=options.run_dir,

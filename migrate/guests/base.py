@@ -5,7 +5,7 @@ destination guest consumes the same events and can be told to run. Everything el
 handover, report) is the engine's and the same for all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.errors import GuestOn
+from migrate.pages.landed import LandedBlock
 from migrate.rings import RingLayout
 from proto.guest_events import GuestEvent, RamBlocks
 from proto.qemu.physical import PhysicalMap
@@ -156,6 +157,18 @@ class DestinationGuest(Protocol):
 
     async def receive(self) -> None:
         """Open the way for a stream; called when the source's guest begins to flow."""
+        ...
+
+    async def prepare_landing(self) -> tuple[str, ...]:
+        """Name the RAM blocks that pages can be written into in place; asked before WELCOME."""
+        ...
+
+    def landed_blocks(self, blocks: RamBlocks) -> Mapping[int, LandedBlock]:
+        """The blocks that ``prepare_landing`` named, by their index in the guest's.
+
+        Raises:
+            GuestError: One of them has another size than the guest's.
+        """
         ...
 
     def allocate(self, count: int) -> NDArray[np.uint8]:

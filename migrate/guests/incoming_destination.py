@@ -5,7 +5,7 @@ one connection in its life, so it is connected to when the source's guest begins
 see whether it is there.
 """
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from migrate.errors import ConnectError, GuestError, GuestOn, QemuStreamBrokenError
 from migrate.guests.base import Facts
+from migrate.pages.landed import LandedBlock
 from migrate.params import SocketAddress
 from migrate.qemu.loader import QemuLoader
 from migrate.qemu.local_hop import OutgoingHop
@@ -94,6 +95,14 @@ class IncomingDestination:
     def _open_loader(self) -> QemuLoader:
         assert self._loader is not None, "receive() comes first"
         return self._loader
+
+    async def prepare_landing(self) -> tuple[str, ...]:
+        """None: where its memory is cannot be asked."""
+        return ()
+
+    def landed_blocks(self, blocks: RamBlocks) -> Mapping[int, LandedBlock]:
+        """None."""
+        return {}
 
     def allocate(self, count: int) -> NDArray[np.uint8]:
         """Memory with room for the stream's record headers."""

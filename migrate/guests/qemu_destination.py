@@ -5,7 +5,8 @@ and not before.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from migrate.errors import (
     QmpInterruptedError,
 )
 from migrate.guests.base import Facts
+from migrate.pages.landed import LandedBlock
 from migrate.params import UnixAddress
 from migrate.qemu import preflight, queries, virtio_queries
+from migrate.qemu.landing import Landing, find_landing
 from migrate.qemu.loader import QemuLoader
 from migrate.qemu.local_hop import OutgoingHop
 from migrate.qemu.process import OwnedQemu
@@ -35,6 +38,8 @@ from proto.guest_events import GuestEvent, RamBlocks
 from proto.qemu.physical import PhysicalMap
 from proto.qemu.ram import page_buffer
 from proto.qemu.virtio import virtio_devices
+
+logger = logging.getLogger(__name__)
 
 START_S = 30.0
 """A QEMU that we start opens its monitor within a second; with preallocated RAM it takes longer."""
@@ -80,6 +85,8 @@ class QemuDestination:
         self._may_have_run = False
         self._ended_by_us = False
         self._argv: Sequence[str] = ()
+        self._may_land = False
+        self._landing = Landing({}, "--landing never")
         self.form = "owned" if owned else "qmp"
         self.name = f"the destination QEMU ({client.path})"
 
@@ -101,6 +108,10 @@ class QemuDestination:
     def take_argv(self, argv: Sequence[str]) -> None:
         """Remember the command line we started it with."""
         self._argv = argv
+
+    def allow_landing(self) -> None:
+        """Write pages straight into the QEMU's RAM where that is possible."""
+        self._may_land = True
 
     def run_in(self, nursery: trio.Nursery) -> None:
         """Give it a place for its background tasks."""
@@ -146,17 +157,44 @@ class QemuDestination:
         assert self._nursery is not None
         self._nursery.start_soon(self._loader.read_return_path)
 
+    async def prepare_landing(self) -> tuple[str, ...]:
+        """Find the QEMU's main memory in its process."""
+        if self._may_land:
+            fresh = self._has_fresh_memory()
+            self._landing = await find_landing(self._client, self._client.peer_pid, fresh=fresh)
+        if self._landing.missing:
+            logger.info("pages go through QEMU's stream: %s", self._landing.missing)
+        return tuple(self._landing.blocks)
+
+    def landed_blocks(self, blocks: RamBlocks) -> Mapping[int, LandedBlock]:
+        """See the base."""
+        ours = self._landing.blocks
+        landed: dict[int, LandedBlock] = {}
+        for i, block in enumerate(blocks.blocks):
+            ram = ours.get(block.idstr)
+            if ram is not None and ram.page_count != block.page_count:
+                raise GuestError(
+                    f"RAM block {block.idstr} has {ram.page_count} pages at the destination, "
+                    f"{block.page_count} at the source"
+                )
+            if ram is not None:
+                landed[i] = ram
+        return landed
+
     def allocate(self, count: int) -> NDArray[np.uint8]:
         """Memory with room for the stream's record headers."""
         return page_buffer(count)
 
     def fresh_blocks(self, blocks: RamBlocks) -> frozenset[int]:
         """``pc.ram`` of a QEMU that we started with anonymous memory."""
-        if self._owned is None or any(
-            word in argument for argument in self._argv for word in NOT_ANONYMOUS
-        ):
+        if not self._has_fresh_memory():
             return frozenset()
         return frozenset(i for i, b in enumerate(blocks.blocks) if b.idstr == "pc.ram")
+
+    def _has_fresh_memory(self) -> bool:
+        return self._owned is not None and not any(
+            word in argument for argument in self._argv for word in NOT_ANONYMOUS
+        )
 
     @property
     def _open_loader(self) -> QemuLoader:
@@ -306,7 +344,12 @@ class QemuDestination:
 
 @asynccontextmanager
 async def open_qemu_destination(
-    qmp: Path, run_dir: Path, *, owned: OwnedQemu | None = None, argv: Sequence[str] = ()
+    qmp: Path,
+    run_dir: Path,
+    *,
+    owned: OwnedQemu | None = None,
+    argv: Sequence[str] = (),
+    landing: bool = True,
 ) -> AsyncIterator[QemuDestination]:
     """Attach to a QEMU that waits with ``-incoming defer``; its settings are restored at exit.
 
@@ -320,6 +363,8 @@ async def open_qemu_destination(
         async with changed_settings(client, wanted, {}), trio.open_nursery() as nursery:
             guest = QemuDestination(client, run_dir, owned)
             guest.take_argv(argv)
+            if landing:
+                guest.allow_landing()
             guest.run_in(nursery)
             yield guest
             nursery.cancel_scope.cancel()

@@ -14,6 +14,7 @@ from migrate.errors import GuestError, GuestOn
 from migrate.guests.base import Facts
 from migrate.guests.simulated_facts import simulated_facts, simulated_virtio
 from migrate.guests.simulated_source import BLOCK_NAME, RAM_START
+from migrate.pages.landed import LandedBlock
 from migrate.report.report import Report
 from migrate.runtime import Runtime
 from migrate.simulation.clock import Now, wall_clock
@@ -105,6 +106,14 @@ class SimulatedDestination:
     async def receive(self) -> None:
         """Nothing to open."""
         await trio.lowlevel.checkpoint()
+
+    async def prepare_landing(self) -> tuple[str, ...]:
+        """None: its pages are lent to us instead (``allocate``)."""
+        return ()
+
+    def landed_blocks(self, blocks: RamBlocks) -> Mapping[int, LandedBlock]:
+        """None."""
+        return {}
 
     def allocate(self, count: int) -> NDArray[np.uint8]:
         """Guest memory itself, as long as pages come that it does not hold yet."""

@@ -4,16 +4,19 @@ Digests are taken from exactly the buffer that goes to the guest, after decoding
 anywhere before it shows in the comparison of the tables.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from migrate.pages.digests import DigestTable, digest_pages, zero_digest
+from migrate.pages.landed import LandedBlock
 from migrate.pages.page_cache import SlotStore
 from proto.codecs import CodecId, decode_into
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
+from proto.limits import MAX_BATCH_PAGES
 from proto.link.pages import PageBatch
 
 AllocatePages = Callable[[int], NDArray[np.uint8]]
@@ -44,6 +47,7 @@ class PageApplier:
         slot_count: int,
         allocate: AllocatePages,
         fresh_blocks: frozenset[int] = frozenset(),
+        landed: Mapping[int, LandedBlock] = MappingProxyType({}),
     ) -> None:
         """Create the destination's half.
 
@@ -54,6 +58,7 @@ class PageApplier:
             allocate: Memory for pages that go to the guest.
             fresh_blocks: Blocks that are known to be all zero as long as we wrote nothing there;
                 zero pages of theirs that never travelled need not be written.
+            landed: Blocks whose pages are written into the guest's RAM here, by index.
         """
         self._seed = seed
         self._zero = zero_digest(seed)
@@ -61,14 +66,35 @@ class PageApplier:
         self._slots = SlotStore(slot_count)
         self._allocate = allocate
         self._fresh_blocks = fresh_blocks
+        self._landed = landed
+        self._scratch = np.empty((MAX_BATCH_PAGES if landed else 0, PAGE_SIZE), np.uint8)
 
     def apply(self, batch: PageBatch) -> AppliedBatch:
-        """Decode one batch and account for it.
+        """Decode one batch and account for it; what lands is in the guest's RAM afterwards.
 
         Raises:
             CodecError: The literals do not decode to their announced length.
+            LandingError: The guest's RAM cannot be reached.
         """
+        if batch.block in self._landed:
+            self._land(batch, self._landed[batch.block])
+            return AppliedBatch(None, None)
         return AppliedBatch(self._apply_zeros(batch), self._apply_content(batch))
+
+    def _land(self, batch: PageBatch, ram: LandedBlock) -> None:
+        """Write the batch into the guest's RAM and digest what then stands there."""
+        zeros, pages = batch.zero_pages, batch.literal_pages
+        if len(zeros):
+            if ram.fresh:
+                zeros = zeros[self.table.get(batch.block, zeros).any(axis=1)]
+            if len(zeros):
+                ram.zero(zeros)
+            self.table.put(batch.block, batch.zero_pages, self._zero)
+        if len(pages):
+            there = self._scratch[: len(pages)]
+            ram.write(pages, contiguous_literals(batch, there))
+            ram.read_into(pages, there)
+            self.table.put(batch.block, pages, digest_pages(there, self._seed))
 
     def _apply_zeros(self, batch: PageBatch) -> ZeroRun | None:
         pages = batch.zero_pages
@@ -98,6 +124,19 @@ class PageApplier:
         )
         self.table.put(batch.block, pages, digest_pages(data, self._seed))
         return PageRun(batch.block, pages, data)
+
+
+def contiguous_literals(batch: PageBatch, room: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The batch's literals, shape (n, 4096): where they were received, or decoded into ``room``.
+
+    Raises:
+        CodecError: The data does not decode to exactly n pages.
+    """
+    assert not isinstance(batch.encoded, tuple), "received batches have one payload"
+    if batch.codec_id == CodecId.RAW and len(batch.encoded) == room.size:
+        return np.frombuffer(batch.encoded, np.uint8).reshape(-1, PAGE_SIZE)
+    decode_into(batch.codec_id, batch.encoded, room.reshape(-1).data)
+    return room
 
 
 def decode_into_rows(batch: PageBatch, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:

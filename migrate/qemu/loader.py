@@ -48,7 +48,8 @@ class QemuLoader:
         self._changed = trio.Event()
         self._closed = False
         self._failure: QemuStreamBrokenError | None = None
-        self._marked = 0
+        self._last_ping = self._riding = 0
+        self._unanswered = True
         self.consumed = 0
         self.shut_value: int | None = None
         self._relay_in, self._relay_out = trio.open_memory_channel[bytes](RELAY_MESSAGES)
@@ -72,8 +73,9 @@ class QemuLoader:
         if ours and message.value is not None and is_our_ping(message.value):
             # The wire carries 28 bits of the mark; marks in flight are far fewer.
             step = (message.value - self.consumed) & PING_MASK
-            if self.consumed + step <= self._marked:
+            if self.consumed + step <= self._last_ping:
                 self.consumed += step
+                self._settle_riding()
             return
         if message.type == RP_SHUT:
             self.shut_value = message.value
@@ -98,7 +100,12 @@ class QemuLoader:
             QemuStreamBrokenError: The QEMU stopped loading.
         """
         for event in events:
-            await self._hop.send(self._buffers(event))
+            await self._send(self._buffers(event))
+
+    async def _send(self, buffers: list[Buffer]) -> None:
+        if buffers:
+            self._unanswered = True
+            await self._hop.send(buffers)
 
     def _buffers(self, event: GuestEvent) -> list[Buffer]:
         writer = self._writer
@@ -135,13 +142,26 @@ class QemuLoader:
         return buffers
 
     async def mark(self, number: int) -> None:
-        """Ask to be told when all before was loaded: ``consumed`` then reaches ``number``."""
-        self._marked = number
+        """Ask to be told when all before was loaded: ``consumed`` then reaches ``number``.
+
+        Where nothing was written since the mark before (the pages land elsewhere), what that one
+        was told is true of this one, too, and no message is needed.
+        """
         if self._rest:  # no section boundary is known: what the socket took must do
             self.consumed = number
             self._notify()
-        else:
+        elif self._unanswered:
+            self._last_ping, self._unanswered = number, False
             await self._hop.send(self._writer.ping(number))
+        else:
+            self._riding = number
+            self._settle_riding()
+            self._notify()
+
+    def _settle_riding(self) -> None:
+        """Marks that wrote nothing are consumed as soon as the last PING is answered."""
+        if self.consumed >= self._last_ping:
+            self.consumed = max(self.consumed, self._riding)
 
     async def wait_consumed(self, number: int) -> int:
         """Wait until ``consumed`` > ``number``; returns it.
@@ -171,8 +191,8 @@ class QemuLoader:
         except QemuStreamError as error:
             raise QemuStreamBrokenError(f"the source's device state: {error}") from error
         self._end = state[cut:]
-        await self._hop.send(self._writer.verbatim(self._prelude))
-        await self._hop.send([*self._writer.ram_end(), state[:cut]])
+        await self._send(self._writer.verbatim(self._prelude))
+        await self._send([*self._writer.ram_end(), state[:cut]])
         await self.mark(mark)
         await self.wait_consumed(mark - 1)
 

@@ -206,6 +206,11 @@ class QmpClient:
             listener.close()
 
     @property
+    def peer_pid(self) -> int:
+        """The process that opened the monitor: the QEMU itself, on this host."""
+        return self._peer_pid
+
+    @property
     def is_closed(self) -> bool:
         """Whether the monitor is gone, most often because QEMU exited."""
         return self._closed.is_set()

@@ -12,7 +12,12 @@ from migrate.errors import GuestError, QmpCommandError
 from migrate.qemu.answers import Fields, execute_list
 from migrate.qemu.qmp_client import QmpClient
 from proto.errors import QmpProtocolError
-from proto.qemu.hmp import memory_line, parse_memory
+from proto.qemu.hmp import (
+    host_address_line,
+    memory_line,
+    parse_host_address,
+    parse_memory,
+)
 from proto.qemu.physical import PhysicalMap, parse_mtree
 from proto.virtqueue import MAX_QUEUES, VirtqueueState
 
@@ -152,6 +157,22 @@ async def read_physical(client: QmpClient, address: int, length: int) -> bytes |
         return parse_memory(text, address, length)
     except QmpProtocolError:
         return None
+
+
+async def query_host_address(client: QmpClient, address: int) -> tuple[str, int]:
+    """Ask where guest-physical memory is in the QEMU's process.
+
+    Returns:
+        The memory region's name, and the address there.
+
+    Raises:
+        GuestError: There is no memory, or the monitor's text is not understood.
+    """
+    text = await _monitor(client, host_address_line(address))
+    try:
+        return parse_host_address(text, address)
+    except QmpProtocolError as error:
+        raise GuestError(f"the monitor's answer is not understood: {error}") from error
 
 
 async def _monitor(client: QmpClient, line: str) -> str:

@@ -215,6 +215,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
     opaque_rest: str | None = None
+    landed: list[str] | None = None
     qemu_version: str | None = None
     ram_bytes: int = 0
     setup_ms: float | None = None

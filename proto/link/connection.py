@@ -308,6 +308,10 @@ def check_welcome(where: str, hello: Hello, welcome: Welcome) -> None:
     if welcome.cache_slots > hello.cache_slots:
         offered = f"at most {hello.cache_slots} cache slots"
         raise MessageError(where, offered, str(welcome.cache_slots))
+    if welcome.landed and welcome.cache_slots:
+        raise MessageError(where, "no cache slots beside landed RAM", str(welcome.cache_slots))
+    if len(set(welcome.landed)) != len(welcome.landed):
+        raise MessageError(where, "each landed block once", repr(welcome.landed)[:80])
     if (hello.commit == "relay") != (welcome.commit == CommitKind.RELAYED.value):
         raise MessageError(where, f"a commit that fits {hello.commit!r}", welcome.commit)
     agreed = set(welcome.capabilities)

@@ -79,6 +79,7 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
             "version": U16,
             "capabilities": NAMES,
             "cache_slots": SLOTS,
+            "landed": sequence(text(MAX_IDSTR_BYTES, 1), MAX_RAM_BLOCKS),
             "commit": one_of(*[kind.value for kind in CommitKind]),
             "facts": optional(plain_map),
             "facts_missing": TEXT,

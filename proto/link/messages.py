@@ -164,7 +164,8 @@ class Welcome:
 
     Attributes:
         commit: The ``CommitKind``'s value that will be used.
-        cache_slots: Page cache slots, at most those offered.
+        cache_slots: Page cache slots, at most those offered; 0 if any block lands.
+        landed: Names of the RAM blocks whose pages are written into the guest's RAM in place.
         facts: The destination machine, ``None`` if unknown.
         facts_missing: Why ``facts`` is ``None``, else empty.
         capabilities: The offered capabilities that will be used; all required ones are.
@@ -179,6 +180,7 @@ class Welcome:
     facts: Mapping[str, object] | None
     facts_missing: str = ""
     capabilities: tuple[str, ...] = ()
+    landed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     version: int = PROTOCOL_VERSION
 

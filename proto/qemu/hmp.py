@@ -1,6 +1,6 @@
 """Texts of QEMU's human monitor that QMP has no query for; the larger ones have their own module.
 
-Source: QEMU ``monitor/hmp-cmds-target.c`` (memory_dump), 7.2 and 10.0.
+Source: QEMU ``monitor/hmp-cmds-target.c`` (memory_dump, hmp_gpa2hva), 7.2 and 10.0.
 """
 
 import re
@@ -11,6 +11,28 @@ from proto.errors import QmpProtocolError
 WORD_BYTES: Final = 8
 
 _ROW: Final = re.compile(r"([0-9a-f]{1,16}):((?: 0x[0-9a-f]{16})+)")
+
+_HOST_ADDRESS: Final = re.compile(
+    r"Host virtual address for 0x([0-9a-f]+) \((.+)\) is 0x([0-9a-f]{1,16})\s*"
+)
+
+
+def host_address_line(address: int) -> str:
+    """The monitor's line that tells where guest-physical memory is in the QEMU's process."""
+    return f"gpa2hva {address:#x}"
+
+
+def parse_host_address(text: str, address: int) -> tuple[str, int]:
+    """Read what ``host_address_line`` made QEMU print: the memory region's name, the address.
+
+    Raises:
+        QmpProtocolError: It is anything else ("No memory is mapped at address ...").
+    """
+    found = _HOST_ADDRESS.fullmatch(text)
+    if found is None or int(found[1], 16) != address:
+        expected = f"the host address of {address:#x}"
+        raise QmpProtocolError("gpa2hva", expected, repr(text[:80]))
+    return found[2], int(found[3], 16)
 
 
 def memory_line(address: int, length: int) -> str:

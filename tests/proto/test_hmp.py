@@ -3,7 +3,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto.errors import QmpProtocolError
-from proto.qemu.hmp import memory_line, parse_memory
+from proto.qemu.hmp import (
+    host_address_line,
+    memory_line,
+    parse_host_address,
+    parse_memory,
+)
 
 TEXT = (
     "00000000fffffff0: 0x2f3630f000e05bea 0x00fc00393932332f\r\n"
@@ -55,3 +60,24 @@ def test_garbage_gives_bytes_of_that_length_or_an_error(
     except QmpProtocolError:
         return
     assert len(got) == length
+
+
+def test_a_host_address_is_read() -> None:
+    assert host_address_line(0x1000000) == "gpa2hva 0x1000000"
+    text = "Host virtual address for 0x1000000 (pc.ram) is 0x7f63b4e00000\r\n"
+    assert parse_host_address(text, 0x1000000) == ("pc.ram", 0x7F63B4E00000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No memory is mapped at address 0x1000000\r\n",
+        "Host virtual address for 0x2000000 (pc.ram) is 0x7f63b4e00000\r\n",
+        "Host virtual address for 0x1000000 (pc.ram) is 0x7f63b4e00000\r\nand more",
+        "Host virtual address for 0x1000000 (pc.ram) is 0x17f63b4e000000000\r\n",
+        "",
+    ],
+)
+def test_anything_else_is_no_host_address(text: str) -> None:
+    with pytest.raises(QmpProtocolError):
+        parse_host_address(text, 0x1000000)

@@ -329,6 +329,8 @@ def test_a_required_capability_must_be_known_an_optional_one_need_not() -> None:
         dataclasses.replace(welcome(), version=2),
         dataclasses.replace(welcome(), version=0),
         dataclasses.replace(welcome(), cache_slots=CACHE_SLOTS + 1),
+        dataclasses.replace(welcome(), cache_slots=1, landed=("pc.ram",)),
+        dataclasses.replace(welcome(), cache_slots=0, landed=("pc.ram", "pc.ram")),
         dataclasses.replace(welcome(), capabilities=("c",)),
         welcome(m.CommitKind.RELAYED),
     ],

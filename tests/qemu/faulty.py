@@ -9,10 +9,14 @@ from numpy.typing import NDArray
 
 import migrate.pages.apply
 from migrate.cli import dst, src
+from migrate.errors import LandingError
 from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
 from migrate.outbound import Outbound
 from migrate.pages.page_cache import SlotStore
+from migrate.qemu import virtio_queries
+from migrate.qemu.landing import QemuRam
+from migrate.qemu.qmp_client import QmpClient
 from migrate.transport.link import Link
 from proto.guest_events import PAGE_SIZE, GuestEvent, PageRun
 from proto.link.messages import DeviceStateData, EndOfState, Message
@@ -33,6 +37,47 @@ def flip_after_decoding() -> None:
         return rows
 
     migrate.pages.apply.decode_into_rows = flipped
+
+
+def flip_while_landing() -> None:
+    """One bit of one page changes on its way into the guest's RAM."""
+    write = QemuRam.write
+    batches = 0
+
+    def flipped(self: QemuRam, pages: NDArray[np.uint32], data: NDArray[np.uint8]) -> None:
+        nonlocal batches
+        batches += 1
+        data = data.copy()
+        if batches == 4:  # behind those that prove where the RAM is
+            data[len(data) // 2, 1234] ^= 0x10
+        write(self, pages, data)
+
+    QemuRam.write = flipped  # type: ignore[method-assign]
+
+
+def hide_memory() -> None:
+    """The destination QEMU's monitor shows other memory than the one that was written to."""
+
+    async def other(client: QmpClient, address: int, length: int) -> bytes | None:
+        await trio.lowlevel.checkpoint()
+        return bytes(length)
+
+    virtio_queries.read_physical = other
+
+
+def lose_memory() -> None:
+    """The kernel stops letting the destination command at its QEMU's memory."""
+    write = QemuRam.write
+    batches = 0
+
+    def refused(self: QemuRam, pages: NDArray[np.uint32], data: NDArray[np.uint8]) -> None:
+        nonlocal batches
+        batches += 1
+        if batches == 4:
+            raise LandingError("cannot reach the memory of process 0: not any more")
+        write(self, pages, data)
+
+    QemuRam.write = refused  # type: ignore[method-assign]
 
 
 def read_wrong_slot() -> None:
@@ -132,6 +177,9 @@ FAULTS = {
     fault.__name__: fault
     for fault in (
         flip_after_decoding,
+        flip_while_landing,
+        hide_memory,
+        lose_memory,
         read_wrong_slot,
         lose_frame,
         drop_batch,
