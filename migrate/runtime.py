@@ -37,9 +37,11 @@ class Step(enum.Enum):
     CLASSIFY = "classify"
     ENCODE = "encode"
     DECODE = "decode"
+    CHECKPOINT = "checkpoint"
+    """Reading and writing files that a migration does not depend on."""
 
 
-THREADS = {Step.CLASSIFY: 1, Step.ENCODE: ENCODE_THREADS, Step.DECODE: 1}
+THREADS = {Step.CLASSIFY: 1, Step.ENCODE: ENCODE_THREADS, Step.DECODE: 1, Step.CHECKPOINT: 1}
 """One thread where order matters."""
 
 Costs = Sequence[tuple[str, int]]
@@ -142,9 +144,13 @@ class RealRuntime:
     async def work(
         self, step: Step, costs: Costs, function: Callable[[*Ts], T], *args: *Ts
     ) -> tuple[T, int]:
-        """In a thread; see ``Runtime.work``."""
+        """In a thread; see ``Runtime.work``. One that hangs on a dead disk is left behind."""
         return await trio.to_thread.run_sync(
-            _timed, function, args, limiter=self._limiters[step]
+            _timed,
+            function,
+            args,
+            abandon_on_cancel=step is Step.CHECKPOINT,
+            limiter=self._limiters[step],
         )
 
     @contextmanager

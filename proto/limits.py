@@ -91,5 +91,14 @@ DIGEST_BYTES: Final = 16
 MIGRATION_ID_BYTES: Final = 16
 """A random UUID."""
 
+MAX_VM_ID_BYTES: Final = 64
+"""Identity of a VM: a UUID has 36 characters, a name of the user's is no longer."""
+
+MAX_OLD_PAGES: Final = 1 << 24
+"""Pages of an old copy that can be announced: 64 GiB, as many as there may be cache slots."""
+
+MAX_OLD_COPY_BYTES: Final = 1 << 20
+"""Digests in one OLD_COPY: 65536 pages, 256 MiB of guest memory."""
+
 MAX_NESTING: Final = 8
 """Depth of msgpack containers in machine facts."""

@@ -7,6 +7,7 @@ values, so that what we send can be read.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -154,6 +155,18 @@ def text(max_bytes: int, min_bytes: int = 0) -> Check:
         length = len(_utf8(where, value))
         if not min_bytes <= length <= max_bytes:
             raise MessageError(where, f"{min_bytes} to {max_bytes} bytes of text", str(length))
+        return value
+
+    return check
+
+
+def matching(pattern: str, what: str) -> Check:
+    """Check for text that matches ``pattern`` as a whole; ``what`` describes it in errors."""
+    compiled = re.compile(pattern)
+
+    def check(where: str, value: object) -> str:
+        if not isinstance(value, str) or compiled.fullmatch(value) is None:
+            raise MessageError(where, what, repr(value)[:80])
         return value
 
     return check

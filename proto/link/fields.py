@@ -19,6 +19,7 @@ from proto.limits import (
     MAX_RAM_BLOCKS,
     MAX_TEXT_BYTES,
     MAX_TOKEN_BYTES,
+    MAX_VM_ID_BYTES,
     MAX_WARNINGS,
     MIGRATION_ID_BYTES,
 )
@@ -29,6 +30,7 @@ from proto.packing import (
     binary,
     boolean,
     integer,
+    matching,
     one_of,
     optional,
     plain_map,
@@ -44,6 +46,12 @@ DIGEST: Final = binary(DIGEST_BYTES, DIGEST_BYTES)
 NAME: Final = text(MAX_NAME_BYTES, 1)
 TEXT: Final = text(MAX_TEXT_BYTES)
 NAMES: Final = sequence(NAME, MAX_CAPABILITIES)
+VM_ID: Final = matching(
+    f"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_VM_ID_BYTES - 1}}}",
+    f"1 to {MAX_VM_ID_BYTES} letters, digits, '.', '_' or '-', the first a letter or digit",
+)
+"""Identity of a VM; it can be the name of a file."""
+
 BLOCK: Final = record(text(MAX_IDSTR_BYTES, 1), integer(0, MAX_BLOCK_PAGES * PAGE_SIZE))
 RANGE: Final = record(U16, integer(0, MAX_BLOCK_PAGES - 1), integer(1, MAX_BLOCK_PAGES), DIGEST)
 
