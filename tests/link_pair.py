@@ -112,6 +112,7 @@ EXAMPLES: dict[FrameType, Message] = {
         m.DigestReply(()),
         m.Ready(),
         m.Running("running"),
+        m.OldCopy(0, b"", is_last=True),
         m.KeepAlive(),
         m.Abort("cancelled", "by the user", "source"),
         m.Bye(),

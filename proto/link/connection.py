@@ -18,6 +18,7 @@ from proto.errors import (
     VersionMismatchError,
 )
 from proto.guest_events import NEED_DATA, PAGE_SIZE, NeedData
+from proto.limits import DIGEST_BYTES
 from proto.link.dispatch import (
     FRAMES,
     FROM_DESTINATION,
@@ -44,6 +45,7 @@ from proto.link.messages import (
     DigestReply,
     Hello,
     Message,
+    OldCopy,
     OpaqueData,
     RamBlockTable,
     Switchover,
@@ -120,6 +122,7 @@ class LinkConnection:
         self._capabilities = capabilities
         self._decoder = FrameDecoder(FROM_DESTINATION if role is Role.SOURCE else FROM_SOURCE)
         self._query: DigestQuery | None = None
+        self._announced = Announced()
         self._error: RemoteProtocolError | None = None
         self._closed: LinkClosed | None = None
         self._last_words: frozenset[FrameType] = frozenset()
@@ -245,6 +248,8 @@ class LinkConnection:
             check_welcome(where, self.hello, message)
         elif isinstance(message, DigestReply):
             check_reply(where, self._query, message)
+        elif isinstance(message, OldCopy):
+            self._announced.take(where, self.welcome, message)
         return message
 
     def _check_own(self, message: Message) -> None:
@@ -254,6 +259,8 @@ class LinkConnection:
                 check_welcome("WELCOME", self.hello, message)
             elif isinstance(message, DigestReply):
                 check_reply("DIGEST_REPLY", self._query, message)
+            elif isinstance(message, OldCopy):
+                self._announced.take("OLD_COPY", self.welcome, message)
         except RemoteProtocolError as exc:
             raise LocalProtocolError(str(exc)) from exc
 
@@ -312,11 +319,38 @@ def check_welcome(where: str, hello: Hello, welcome: Welcome) -> None:
         raise MessageError(where, "no cache slots beside landed RAM", str(welcome.cache_slots))
     if len(set(welcome.landed)) != len(welcome.landed):
         raise MessageError(where, "each landed block once", repr(welcome.landed)[:80])
+    if welcome.old_pages and hello.vm_id is None:
+        raise MessageError(where, "no old copy of a VM without identity", "one")
     if (hello.commit == "relay") != (welcome.commit == CommitKind.RELAYED.value):
         raise MessageError(where, f"a commit that fits {hello.commit!r}", welcome.commit)
     agreed = set(welcome.capabilities)
     if not set(hello.required) <= agreed <= {*hello.required, *hello.optional}:
         raise MessageError(where, "all required and only offered capabilities", str(agreed))
+
+
+@dataclass(slots=True)
+class Announced:
+    """How much of the old copy was announced: in order, once, no more than WELCOME said."""
+
+    pages: int = 0
+    complete: bool = False
+
+    def take(self, where: str, welcome: Welcome | None, message: OldCopy) -> None:
+        """Account for a message.
+
+        Raises:
+            MessageError: Too many pages, others than the next, or any behind the last.
+        """
+        limit = 0 if welcome is None else welcome.old_pages
+        count = len(message.digests) // DIGEST_BYTES
+        if self.complete:
+            raise MessageError(where, "nothing behind the last of the old copy", "more")
+        if message.first_page != self.pages:
+            raise MessageError(where, f"old pages from {self.pages}", str(message.first_page))
+        if self.pages + count > limit:
+            raise MessageError(where, f"{limit} old pages", str(self.pages + count))
+        self.pages += count
+        self.complete = message.is_last
 
 
 def choose_capabilities(hello: Hello, known: frozenset[str]) -> tuple[str, ...]:

@@ -15,10 +15,12 @@ from proto.codecs import CodecId
 from proto.errors import LocalProtocolError, MessageError, VersionMismatchError
 from proto.guest_events import PAGE_SIZE, OpaqueKind, RamBlock
 from proto.limits import (
+    DIGEST_BYTES,
     MAX_BATCH_PAGES,
     MAX_DATA_BYTES,
     MAX_GREETING_BYTES,
     MAX_MESSAGE_HEADER_BYTES,
+    MAX_OLD_COPY_BYTES,
     MAX_PRELUDE_BYTES,
     MAX_RETURN_PATH_BYTES,
     MAX_SMALL_HEADER_BYTES,
@@ -73,6 +75,7 @@ ACK: Final = struct.Struct("<QQ")
 ROUND_END: Final = struct.Struct("<I")
 OPAQUE: Final = struct.Struct("<BBHI")
 DEVICE_STATE: Final = struct.Struct("<BBHI")
+OLD_COPY: Final = struct.Struct("<IBBH")
 
 
 def _encode_map(message: Any) -> Encoded:  # noqa: ANN401 - any message in FIELDS
@@ -224,6 +227,27 @@ def _decode_return_path(frame: Frame, _: Context) -> m.ReturnPath:
     return m.ReturnPath(bytes(frame.payload))
 
 
+def _encode_old_copy(message: m.OldCopy) -> Encoded:
+    _check_old_copy("OLD_COPY", len(message.digests), message.is_last)
+    return OLD_COPY.pack(message.first_page, message.is_last, 0, 0), (message.digests,)
+
+
+def _decode_old_copy(frame: Frame, _: Context) -> m.OldCopy:
+    first_page, is_last, *reserved = _unpack(frame, OLD_COPY, frame.header)
+    if is_last > 1 or any(reserved):
+        got = f"{is_last}, {reserved}"
+        raise MessageError(frame.where, "0 or 1 for the last, and zero bytes", got)
+    _check_old_copy(frame.where, len(frame.payload), bool(is_last))
+    return m.OldCopy(first_page, frame.payload, bool(is_last))
+
+
+def _check_old_copy(where: str, length: int, is_last: bool) -> None:
+    if length % DIGEST_BYTES:
+        raise MessageError(where, f"digests of {DIGEST_BYTES} bytes", f"{length} bytes")
+    if not (length or is_last):
+        raise MessageError(where, "at least one digest unless it is the last", "none")
+
+
 def _encode_query(message: m.DigestQuery) -> Encoded:
     ranges = [(r.block, r.first_page, r.page_count, r.digest) for r in message.ranges]
     return pack_fields("DIGEST_QUERY", FIELDS[FrameType.DIGEST_QUERY], {"ranges": ranges}), ()
@@ -352,6 +376,15 @@ FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
         ),
         FrameType.READY: _map(m.Ready, "destination", 0),
         FrameType.RUNNING: _map(m.Running, "destination", _SMALL),
+        FrameType.OLD_COPY: FrameRule(
+            False,
+            OLD_COPY.size,
+            MAX_OLD_COPY_BYTES,
+            False,
+            True,
+            _encode_old_copy,
+            _decode_old_copy,
+        ),
         FrameType.KEEPALIVE: _map(m.KeepAlive, "both", 0),
         FrameType.ABORT: _map(m.Abort, "both", _SMALL),
         FrameType.BYE: _map(m.Bye, "both", 0),

@@ -68,6 +68,7 @@ class FrameType(enum.IntEnum):
     DIGEST_REPLY = 70
     READY = 71
     RUNNING = 72
+    OLD_COPY = 73
 
     KEEPALIVE = 96
     ABORT = 97

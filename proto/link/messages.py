@@ -137,6 +137,7 @@ class Hello:
         paused_at_start: The guest was paused before the migration.
         required: Capabilities without which the source does not go on.
         optional: Capabilities it would use.
+        vm_id: Identity of the VM that comes; ``None``: nothing kept of it may be used.
         version: Protocol version of the source.
         oldest: Oldest version it speaks.
     """
@@ -152,6 +153,7 @@ class Hello:
     commit: str = "auto"
     return_path: bool = True
     paused_at_start: bool = False
+    vm_id: str | None = None
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     version: int = PROTOCOL_VERSION
@@ -170,6 +172,8 @@ class Welcome:
         facts_missing: Why ``facts`` is ``None``, else empty.
         capabilities: The offered capabilities that will be used; all required ones are.
         warnings: What a person should know, one sentence each.
+        old_pages: Slots of the old copy: as many pages may be announced, and no more; 0 = there
+            is none.
         version: Protocol version that will be used.
     """
 
@@ -182,6 +186,7 @@ class Welcome:
     capabilities: tuple[str, ...] = ()
     landed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    old_pages: int = 0
     version: int = PROTOCOL_VERSION
 
 
@@ -307,6 +312,23 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
+class OldCopy:
+    """OLD_COPY: digests of pages that the destination has of this VM from before.
+
+    Attributes:
+        first_page: How many were announced before; the slots go on from there.
+        digests: 16 bytes a page.
+        is_last: No further ones come.
+    """
+
+    frame_type: ClassVar[FrameType] = FrameType.OLD_COPY
+
+    first_page: int
+    digests: Buffer
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class KeepAlive:
     """KEEPALIVE: nothing happened, and the sender is there."""
 
@@ -358,6 +380,7 @@ Message = (
     | DigestReply
     | Ready
     | Running
+    | OldCopy
     | KeepAlive
     | Abort
     | Bye

@@ -106,6 +106,9 @@ _GREETED: Final = (
 _WELCOMED: Final = _GREETED[1:]
 """From WELCOME on: acknowledgements are legal."""
 
+_BEFORE_VERDICT: Final = _GREETED[1 : _GREETED.index(_S.STATE_COMPLETE) + 1]
+"""From WELCOME to the verdict over the guest's RAM: an old copy may be announced."""
+
 _REVOCABLE: Final = _GREETED[:-2]
 """Before COMMIT: either side may give up. Afterwards only the destination, while it commits."""
 
@@ -155,6 +158,7 @@ SOURCE: Final[Table] = MappingProxyType(
         (_S.ABORTED, _T.BYE, _OUT): _S.BYE_SENT,
         **{(s, _T.KEEPALIVE, d): s for s in _GREETED for d in Direction},
         **{(s, _T.ACK, _IN): s for s in _WELCOMED},
+        **{(s, _T.OLD_COPY, _IN): s for s in _BEFORE_VERDICT},
         **{(s, _T.ABORT, _OUT): _S.ABORT_SENT for s in _REVOCABLE},
         **{(s, _T.ABORT, _IN): _S.ABORTED for s in _REVOCABLE},
         # under way when our ABORT or BYE went out; a RUNNING there would be a second guest
@@ -211,6 +215,7 @@ DESTINATION: Final[Table] = MappingProxyType(
         (_S.ABORTED, _T.BYE, _OUT): _S.BYE_SENT,
         **{(s, _T.KEEPALIVE, d): s for s in _GREETED for d in Direction},
         **{(s, _T.ACK, _OUT): s for s in _WELCOMED},
+        **{(s, _T.OLD_COPY, _OUT): s for s in _BEFORE_VERDICT},
         **{(s, _T.ABORT, _OUT): _S.ABORT_SENT for s in _REVOCABLE},
         **{(s, _T.ABORT, _IN): _S.ABORTED for s in _REVOCABLE},
         **{
