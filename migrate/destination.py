@@ -83,6 +83,11 @@ class DestinationRun:
         self._discarded = False
         self._taken = False
 
+    @property
+    def waits_for_source(self) -> bool:
+        """Nobody has introduced itself yet: whoever does next is the source."""
+        return not self._taken
+
     def cancel(self, why: str) -> str | None:
         """Call the migration off, from a signal; of a simulated guest that is here, its life.
 

@@ -17,14 +17,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
+from typing import Any, Final, TypeVar, TypeVarTuple
 
 import trio
 from trio._core import _run as scheduler
 from trio._core._mock_clock import MockClock  # trio.testing would import pytest, for 0.1 s
 
 from migrate.destination import DestinationRun
-from migrate.errors import ConnectError, MigrationError
+from migrate.errors import ConnectError
 from migrate.params import Compress, DestinationParams, LinkAddress, OutputParams, SourceParams
 from migrate.report.report import Report, Role
 from migrate.runtime import ENCODE_THREADS, THREADS, Costs, Step
@@ -45,6 +45,10 @@ ROLES: Final[tuple[Role, Role]] = ("source", "destination")
 
 ADDRESS: Final = LinkAddress("destination", 7001)
 """Where the virtual migrate-dst listens."""
+
+PATIENCE_S: Final = 30.0
+"""How long a virtual migrate-dst waits for HELLO when the only source there is has ended; thrice
+what it gives a connection to introduce itself."""
 
 NOWHERE: Final = Path("/nonexistent")
 """Directories that a virtual run names and never touches."""
@@ -111,11 +115,13 @@ class VirtualNetwork:
     Attributes:
         link: Its rate and delay.
         sockets: One end of every connection, for experiments that break it.
+        connected: Set once there is one.
     """
 
     def __init__(self, link: MemoryLinkParams) -> None:
         self.link = link
         self.sockets: list[MemorySocket] = []
+        self.connected = trio.Event()
         self._listeners: dict[LinkAddress, VirtualListener] = {}
         self._news = trio.Event()
 
@@ -130,6 +136,7 @@ class VirtualNetwork:
         await trio.sleep(2 * self.link.delay_ms / 1000)
         near, far = memory_link(self.link)
         self.sockets.append(near)
+        self.connected.set()
         try:
             await listener.offer(far)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -310,7 +317,7 @@ def run_virtual(
     guest_seed = random.Random(f"guest {profile.seed} {seed}").getrandbits(32)
     guest = replace(profile, seed=guest_seed)
 
-    def make_runs(source: Session, destination: Session) -> tuple[Run, Run]:
+    def make_runs(source: Session, destination: Session) -> Runs:
         return (
             SourceRun(source_params(params, simulate=guest), source),
             DestinationRun(destination_params(params), destination),
@@ -353,15 +360,8 @@ def destination_params(params: VirtualParams) -> DestinationParams:
     )
 
 
-class Run(Protocol):
-    """One run of a command."""
-
-    async def run(self) -> tuple[Report, MigrationError | None]:
-        """Migrate."""
-        ...
-
-
-MakeRuns = Callable[[Session, Session], tuple[Run, Run]]
+Runs = tuple[SourceRun, DestinationRun]
+MakeRuns = Callable[[Session, Session], Runs]
 """Makes migrate-src and migrate-dst, given the session of each; their address is ``ADDRESS``."""
 
 
@@ -375,16 +375,12 @@ async def migrate_virtually(
 ) -> tuple[Report, Report]:
     """Run both commands against each other, in a trio run that somebody else started.
 
-    Reports are only repeatable under ``run_on_virtual_clock``.
+    Reports are only repeatable under ``run_on_virtual_clock``. A migrate-dst that has heard of no
+    source would wait for the next one; here there is none, so it is called off.
 
     Returns:
         The source's and the destination's report; they say what went wrong.
     """
-    reports: dict[str, Report] = {}
-
-    async def run_one(role: Role, run: Run) -> None:
-        reports[role], _ = await run.run()
-
     runtimes = [
         VirtualRuntime(role, network, seed, model=model, processors=processors)
         for role in ROLES
@@ -393,10 +389,31 @@ async def migrate_virtually(
         Session(role, OutputParams(quiet=True), runtime, watched=False)
         for role, runtime in zip(ROLES, runtimes, strict=True)
     ]
-    async with trio.open_nursery() as nursery:
-        for role, run in zip(ROLES, make_runs(*sessions), strict=True):
-            nursery.start_soon(run_one, role, run)
+    source, destination = make_runs(*sessions)
+    reports: dict[Role, Report] = {}
+    source_ended = trio.Event()
+
+    async def run_source() -> None:
+        reports["source"], _ = await source.run()
+        source_ended.set()
+
+    async def run_destination() -> None:
+        reports["destination"], _ = await destination.run()
+
+    async with trio.open_nursery() as watching:
+        watching.start_soon(_call_off_if_alone, source_ended, destination)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run_source)
+            nursery.start_soon(run_destination)
+        watching.cancel_scope.cancel()
     return reports["source"], reports["destination"]
+
+
+async def _call_off_if_alone(source_ended: trio.Event, destination: DestinationRun) -> None:
+    await source_ended.wait()
+    await trio.sleep(PATIENCE_S)
+    if destination.waits_for_source:
+        destination.cancel("the end of the only source")
 
 
 def run_on_virtual_clock(function: Callable[[], Awaitable[T]], seed: int) -> T:

@@ -11,7 +11,7 @@ import trio.testing
 from migrate.destination import DestinationRun
 from migrate.errors import GuestOn
 from migrate.lab.virtual import (
-    Run,
+    Runs,
     VirtualNetwork,
     VirtualParams,
     destination_params,
@@ -44,7 +44,7 @@ def migrate(disturb: Disturb, params: VirtualParams = PLAIN) -> tuple[Report, Re
     network = VirtualNetwork(LINK)
     runs: list[tuple[SourceRun, DestinationRun]] = []
 
-    def make_runs(source: Session, destination: Session) -> tuple[Run, Run]:
+    def make_runs(source: Session, destination: Session) -> Runs:
         runs.append(
             (
                 SourceRun(source_params(params, simulate=guest), source),

@@ -18,7 +18,7 @@ from migrate.errors import GuestError, GuestOn
 from migrate.guests.simulated_destination import SimulatedDestination
 from migrate.guests.simulated_source import AFTERMATH_NS, SimulatedSource
 from migrate.lab.virtual import (
-    Run,
+    Runs,
     VirtualNetwork,
     VirtualParams,
     destination_params,
@@ -235,7 +235,7 @@ def called_off(
 ) -> tuple[Report, Report]:
     runs: list[SourceRun] = []
 
-    def make_runs(source: Session, destination: Session) -> tuple[Run, Run]:
+    def make_runs(source: Session, destination: Session) -> Runs:
         runs.append(SourceRun(source_params(PLAIN, simulate=one), source))
         return runs[0], DestinationRun(destination_params(PLAIN), destination)
 

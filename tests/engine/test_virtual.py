@@ -19,7 +19,7 @@ from migrate.guests.base import DestinationGuest, SourceGuest
 from migrate.guests.simulated_destination import SimulatedDestination
 from migrate.guests.simulated_source import SimulatedSource
 from migrate.lab.virtual import (
-    Run,
+    Runs,
     VirtualNetwork,
     VirtualParams,
     VirtualRuntime,
@@ -228,7 +228,7 @@ class Seen:
 
         return run_on_virtual_clock(main, 1)
 
-    def _make_runs(self, source: Session, destination: Session) -> tuple[Run, Run]:
+    def _make_runs(self, source: Session, destination: Session) -> Runs:
         for session in (source, destination):
             assert isinstance(session.runtime, VirtualRuntime)
             self.runtimes.append(session.runtime)
@@ -265,6 +265,24 @@ def test_cut_link_leaves_the_guest_at_the_source() -> None:
         assert report.error is not None
         assert report.error.code == "peer-lost"
         assert PEER_SILENCE_S * 1000 < report.total_ms < 10 * PEER_SILENCE_S * 1000
+    assert (source.guest_on, source.guest_state) == (GuestOn.SOURCE, "running")
+    assert seen.destination.guest.guest is None
+    assert seen.records() == [[], []]
+
+
+async def cut_at_once(network: VirtualNetwork) -> None:
+    await network.connected.wait()
+    network.sockets[0].cut()
+
+
+def test_virtual_run_ends_although_no_hello_arrived() -> None:
+    """A real migrate-dst would listen on, for a source that there may be."""
+    seen = Seen(profile("quiet"))
+    source, destination = seen.migrate(cut_at_once)
+    assert [report.error and report.error.code for report in (source, destination)] == [
+        "peer-lost",
+        "cancelled",
+    ]
     assert (source.guest_on, source.guest_state) == (GuestOn.SOURCE, "running")
     assert seen.destination.guest.guest is None
     assert seen.records() == [[], []]

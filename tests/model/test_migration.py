@@ -373,7 +373,7 @@ def test_whole_engine_brings_it_over_in_virtual_time(half: int, data: st.DataObj
     link=links,
     params=parameters,
     seed=seeds,
-    cut_after_s=st.floats(0, 0.5),
+    cut_after_s=st.floats(-0.1, 0.5),
 )
 def test_guest_runs_in_one_place_wherever_the_link_is_cut(
     profile: Profile,

@@ -15,7 +15,7 @@ from migrate.guests.base import DestinationGuest, SourceGuest
 from migrate.guests.simulated_destination import SimulatedDestination
 from migrate.guests.simulated_source import SimulatedSource
 from migrate.lab.virtual import (
-    Run,
+    Runs,
     VirtualNetwork,
     VirtualParams,
     destination_params,
@@ -128,7 +128,8 @@ class Migration:
         link: Between the hosts.
         params: How it is done.
         seed: Of everything else.
-        cut_after_s: When the link is cut, from HELLO on; None = never.
+        cut_after_s: When the link is cut, from the arrival of HELLO on, or, where it is below 0,
+            before that, once there is a link; None = never.
         arrivals: How often a guest was loaded and compared with the one that left.
     """
 
@@ -169,13 +170,13 @@ class Migration:
 
     async def _cut(self, network: VirtualNetwork) -> None:
         if self.cut_after_s is not None:
-            # HELLO has arrived: a destination that heard nothing would wait for another source.
             hello_s = 0.001 + 4 * self.link.delay_ms / 1000
-            await trio.sleep(hello_s + self.cut_after_s)
+            await trio.sleep(max(0.0, hello_s + self.cut_after_s))
+            await network.connected.wait()
             for sock in network.sockets:
                 sock.cut()
 
-    def _make_runs(self, source: Session, destination: Session) -> tuple[Run, Run]:
+    def _make_runs(self, source: Session, destination: Session) -> Runs:
         params = source_params(self.params, simulate=self.profile)
         self._source = SourceSeen(params, source)
         self._destination = DestinationSeen(destination_params(self.params), destination)
