@@ -267,6 +267,7 @@ class SimulatedDestination:
         """Put what was measured of a guest that ran here into the report; it ends with this."""
         report.guest_clock_jump_ms = self.clock_jump_ms
         if self._ran and self.guest is not None:
+            report.guest_stolen_ms = self.guest.clock.stolen_ns / NS_PER_MS
             self._service.tell(report, self.guest)
 
 

@@ -317,6 +317,7 @@ class SimulatedSource:
         guest, since_ns = self.guest, self._stays_since_ns
         if self._begun and since_ns is not None:
             guest.run_until(max(guest.queue.now_ns, since_ns + AFTERMATH_NS))
+        report.guest_stolen_ms = guest.clock.stolen_ns / NS_PER_MS
         self._service.tell(report, guest, left=self.stopped_at_ns is not None)
 
 

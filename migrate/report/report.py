@@ -231,6 +231,7 @@ class Report:
     rounds: list[RoundReport] = field(default_factory=list)
     service: Service | None = None
     guest_clock_jump_ms: float | None = None
+    guest_stolen_ms: float | None = None
     integrity: Integrity = field(default_factory=Integrity)
     reconnects: int = 0
     predicted: Prediction | None = None

@@ -160,6 +160,9 @@ def _headline(report: Report) -> list[str]:
         lines.append(_labelled("downtime", _downtime_text(report)))
     if report.service is not None:
         lines.append(_labelled("service", _under_each_other(service_texts(report.service))))
+    if report.guest_stolen_ms:
+        stolen = f"{format_ms(report.guest_stolen_ms)} of it lost: this host was too busy"
+        lines.append(_labelled("guest time", stolen))
     wire = f"{format_size(report.wire_bytes)} for {format_size(report.page_bytes)} of pages"
     lines.append(
         _labelled("on the wire", f"{wire} ({share_text(report.wire_bytes, report.page_bytes)})")

@@ -21,10 +21,12 @@ from migrate.guests.simulated_source import (
     DirtyWalk,
     SimulatedSource,
 )
-from migrate.simulation.driver import VIRTUAL_TIME
+from migrate.report.report import Report
+from migrate.report.summary import summary_lines
+from migrate.simulation.driver import REAL_TIME, VIRTUAL_TIME
 from migrate.simulation.guest import SimulatedGuest
 from migrate.simulation.profile import Profile, read_profile
-from migrate.units import MIB, NS_PER_S
+from migrate.units import MIB, NS_PER_MS, NS_PER_S
 from proto.guest_events import (
     MAX_RUN_PAGES,
     PAGE_SIZE,
@@ -219,6 +221,23 @@ async def test_the_guest_lives_on_while_nobody_asks_for_pages(
         lived_ns = source.guest.queue.now_ns
         await trio.sleep(1.0)
         assert source.guest.queue.now_ns - lived_ns == pytest.approx(NS_PER_S, rel=0.2)
+
+
+async def test_time_that_a_busy_host_did_not_give_the_guest_is_reported(
+    autojump_clock: MockClock,
+) -> None:
+    guest = SimulatedGuest(profile(), now_ns=now_ns, wall_ns=now_ns)
+    guest.power_on()
+    lived_ns = guest.queue.now_ns
+    source = SimulatedSource(guest, now_ns, downtime_limit_ms=LIMIT_MS, pace=REAL_TIME)
+    await trio.sleep(1.0)  # nobody lets it live meanwhile
+    await source.go_on()
+    report = Report(role="source")
+    source.tell(report)
+    assert guest.queue.now_ns - lived_ns == REAL_TIME.max_lag_ns
+    assert report.guest_stolen_ms == pytest.approx(1000 - REAL_TIME.max_lag_ns / NS_PER_MS)
+    text = "guest time   900 ms of it lost: this host was too busy"
+    assert text in "\n".join(summary_lines(report))
 
 
 async def test_forgotten_dma_shows_in_the_comparison_of_memory(

@@ -119,6 +119,7 @@ def test_the_downtime_is_what_the_guests_clock_jumped(moved: tuple[Report, Repor
     assert service is not None
     assert jump_ms is not None
     assert service.downtime["duration_ms"] == pytest.approx(jump_ms, abs=0.001)
+    assert [report.guest_stolen_ms for report in moved] == [0.0, 0.0]  # no host here is busy
     assert service.downtime["sent"]
     # Whoever asked at the stop waited through all of it, and nobody in the rounds or after did.
     assert service.downtime["latency_max_ms"] == pytest.approx(jump_ms, rel=0.2)

@@ -59,6 +59,7 @@ def test_the_shape_is_the_one_tools_rely_on() -> None:
     report = as_json(full_report())
     added = {"role", "source", "destination", "started_utc", "guest_state", "not_checked"}
     added |= {"landed", "opaque_rest", "wire_bytes_back", "simulated_devices", "guest_stopped"}
+    added |= {"guest_stolen_ms"}
     assert set(report) == CONTRACT | added
     assert report["schema"] == 1
     assert list(report["pages"]) == PAGE_KEYS
