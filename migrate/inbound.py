@@ -184,7 +184,7 @@ class Inbound:
                 events = self._decode(message)
             except CodecError as error:
                 raise PeerProtocolError(f"frame {seq} does not decode: {error}") from error
-            encoded_bytes = len(message.encoded) if isinstance(message, PageBatch) else 0
+            encoded_bytes = message.payload_len if isinstance(message, PageBatch) else 0
             decoded.append(Decoded(seq, events, encoded_bytes))
         return decoded
 
@@ -226,13 +226,8 @@ class Inbound:
         applier = self.state.applier
         assert applier is not None, "the link protocol allows no page before the block list"
         applied = applier.apply(batch)
-        pages = {
-            "zero": len(batch.zero_pages),
-            "same": batch.same_count,
-            "ref": len(batch.ref_pages),
-            "literal": len(batch.literal_pages),
-        }
-        self._ledger.add_pages(len(self._ledger.rounds) - 1, pages, bytes_by_class(batch))
+        round_no = len(self._ledger.rounds) - 1
+        self._ledger.add_pages(round_no, batch.pages_by_class, bytes_by_class(batch))
         return [event for event in (applied.zeros, applied.pages) if event is not None]
 
     def _take_blocks(self, blocks: RamBlocks) -> RamBlocks:
@@ -324,8 +319,8 @@ def _held_bytes(message: Message) -> int:
     """What a queued message keeps in memory, or will, decoded."""
     match message:
         case PageBatch():
-            pages = (message.zero_pages, message.ref_pages, message.literal_pages)
-            return len(message.encoded) + 2 * sum(array.nbytes for array in pages) + 256
+            numbers = len(message.zero_pages) + message.content_count
+            return message.payload_len + 8 * numbers + 256
         case messages.OpaqueData() | messages.DeviceStateData():
             return message.raw_len + 256
     return 256

@@ -38,7 +38,8 @@ from proto.guest_events import (
 )
 from proto.link import messages
 from proto.link.messages import Message
-from proto.link.pages import PageBatch, split_zero_pages
+from proto.link.page_lists import split_zero_pages
+from proto.link.pages import PageBatch
 from proto.qemu.stream_reader import POSTCOPY_REASON
 
 OPAQUE_PIECE_BYTES = 1 << 20

@@ -155,7 +155,7 @@ class Sender:
         message = item.message
         assert message is not None
         if self._bucket is not None and isinstance(message, PageBatch):
-            delay_ns = self._bucket.delay_ns(len(message.encoded) + 100, self._now_ns())
+            delay_ns = self._bucket.delay_ns(message.payload_len + 100, self._now_ns())
             if delay_ns > 0:
                 await trio.sleep(delay_ns / 1e9)
         await self._link.send(message, lambda wire_bytes: self._framed(item, wire_bytes))

@@ -25,6 +25,9 @@ PAGES = PageBatch(
     literal_pages=page_array([3, 4]),
     literal_slots=page_array([7, 0xFFFF_FFFF]),
     encoded=(bytes(4096), bytes(4096)),
+    delta_pages=page_array([6]),
+    delta_bases=page_array([8]),
+    delta_encoded=bytes(4096),
 )
 STATE: list[Message] = [
     m.OpaqueData(OpaqueKind.HEADER, b"QEVM", 4),

@@ -12,12 +12,15 @@ from proto.guest_events import PAGE_SIZE, OpaqueKind, RamBlock
 from proto.limits import NOT_CACHED
 from proto.link import messages as m
 from proto.link.frames import Buffer, FrameType
-from proto.link.pages import PageBatch, Pages
+from proto.link.page_lists import Pages
+from proto.link.pages import PageBatch, SlotSpace
 
 SHAPE_PAGES: Final = (512, 1, 70_000)
 """Pages of the RAM blocks that ``page_batches`` and ``digest_queries`` speak of."""
 
 CACHE_SLOTS: Final = 64
+
+SLOTS: Final = SlotSpace(CACHE_SLOTS)
 
 BLOCKS: Final = tuple(
     RamBlock(f"block{i}", pages * PAGE_SIZE) for i, pages in enumerate(SHAPE_PAGES)
@@ -48,25 +51,21 @@ def page_array(values: Sequence[int]) -> Pages:
 
 @st.composite
 def page_batches(draw: st.DrawFn) -> PageBatch:
-    """Draw a legal batch for ``SHAPE_PAGES`` and ``CACHE_SLOTS``."""
+    """Draw a legal batch for ``SHAPE_PAGES`` and ``SLOTS``."""
     block = draw(st.integers(0, len(SHAPE_PAGES) - 1))
     pages = draw(st.sets(st.integers(0, SHAPE_PAGES[block] - 1), max_size=40))
-    classes = draw(st.lists(st.integers(0, 2), min_size=len(pages), max_size=len(pages)))
-    zero, ref, literal = (
+    classes = draw(st.lists(st.integers(0, 3), min_size=len(pages), max_size=len(pages)))
+    zero, ref, literal, delta = (
         [page for page, of in zip(sorted(pages), classes, strict=True) if of == number]
-        for number in range(3)
+        for number in range(4)
     )
-    free = draw(st.permutations(range(CACHE_SLOTS)))
+    free = list(draw(st.permutations(range(CACHE_SLOTS))))
+    bases = [free.pop() for _ in delta]
     kept = draw(st.lists(st.booleans(), min_size=len(literal), max_size=len(literal)))
-    slots = [free[i] if keep else NOT_CACHED for i, keep in enumerate(kept)]
-    raw_len = len(literal) * PAGE_SIZE
-    codec_id, encoded_len = CodecId.RAW, raw_len
-    packed = draw(st.booleans())
-    if literal and packed:
-        codec_id = draw(st.sampled_from([CodecId.LZ4, CodecId.ZSTD]))
-        encoded_len = draw(st.integers(1, min(raw_len - 1, 500)))
-    encoded = bytes(range(256)) * (encoded_len // 256 + 1)
-    cut = draw(st.integers(0, encoded_len))
+    slots = [free.pop() if keep else NOT_CACHED for keep in kept]
+    codec_id, encoded = draw(encoded_pages(len(literal)))
+    delta_codec_id, delta_encoded = draw(encoded_pages(len(delta)))
+    cut = draw(st.integers(0, len(encoded)))
     return PageBatch(
         block=block,
         zero_pages=page_array(zero),
@@ -76,8 +75,23 @@ def page_batches(draw: st.DrawFn) -> PageBatch:
         literal_pages=page_array(literal),
         literal_slots=page_array(slots),
         codec_id=codec_id,
-        encoded=(encoded[:cut], encoded[cut:encoded_len]),
+        encoded=(encoded[:cut], encoded[cut:]),
+        delta_pages=page_array(delta),
+        delta_bases=page_array(bases),
+        delta_codec_id=delta_codec_id,
+        delta_encoded=delta_encoded,
     )
+
+
+@st.composite
+def encoded_pages(draw: st.DrawFn, count: int) -> tuple[int, bytes]:
+    """Draw (codec, bytes) as so many pages may look on the wire."""
+    codec_id, encoded_len = CodecId.RAW, count * PAGE_SIZE
+    packed = draw(st.booleans())
+    if count and packed:
+        codec_id = draw(st.sampled_from([CodecId.LZ4, CodecId.ZSTD]))
+        encoded_len = draw(st.integers(1, min(encoded_len - 1, 500)))
+    return codec_id, (bytes(range(256)) * (encoded_len // 256 + 1))[:encoded_len]
 
 
 @st.composite
@@ -172,15 +186,21 @@ def messages() -> st.SearchStrategy[m.Message]:
     return st.sampled_from(FrameType).flatmap(MESSAGES.__getitem__)
 
 
+BATCH_SCALARS: Final = ("block", "same_count", "codec_id", "delta_codec_id", "delta_encoded")
+BATCH_LISTS: Final = (
+    "zero_pages",
+    *(f"{name}_{kind}" for name in ("ref", "literal") for kind in ("pages", "slots")),
+    *("delta_pages", "delta_bases"),
+)
+
+
 def same_message(left: m.Message, right: m.Message) -> bool:
     """Compare two messages by what is on the wire."""
     if not isinstance(left, PageBatch) or not isinstance(right, PageBatch):
         return left == right
-    arrays = ("zero_pages", "ref_pages", "ref_slots", "literal_pages", "literal_slots")
     return (
-        (left.block, left.same_count, left.codec_id)
-        == (right.block, right.same_count, right.codec_id)
-        and all(np.array_equal(getattr(left, name), getattr(right, name)) for name in arrays)
+        all(getattr(left, name) == getattr(right, name) for name in BATCH_SCALARS)
+        and all(np.array_equal(getattr(left, n), getattr(right, n)) for n in BATCH_LISTS)
         and b"".join(left.encoded_buffers) == b"".join(right.encoded_buffers)
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.pages.digests import DigestTable, digest_pages, zero_digest
-from migrate.pages.landed import LandedBlock
+from migrate.pages.landed import LandedBlock, LandedRam
 from migrate.pages.page_cache import SlotStore
 from proto.codecs import CodecId, decode_into
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
@@ -54,7 +54,7 @@ class PageApplier:
         Args:
             blocks: The guest's RAM blocks.
             seed: Digest seed of this migration.
-            slot_count: Size of the page cache in pages.
+            slot_count: Size of the page cache in pages; 0 with landed RAM.
             allocate: Memory for pages that go to the guest.
             fresh_blocks: Blocks that are known to be all zero as long as we wrote nothing there;
                 zero pages of theirs that never travelled need not be written.
@@ -63,7 +63,7 @@ class PageApplier:
         self._seed = seed
         self._zero = zero_digest(seed)
         self.table = DigestTable(blocks, seed)
-        self._slots = SlotStore(slot_count)
+        self._slots = LandedRam(blocks, landed) if landed else SlotStore(slot_count)
         self._allocate = allocate
         self._fresh_blocks = fresh_blocks
         self._landed = landed
@@ -73,7 +73,7 @@ class PageApplier:
         """Decode one batch and account for it; what lands is in the guest's RAM afterwards.
 
         Raises:
-            CodecError: The literals do not decode to their announced length.
+            CodecError: Literals or differences do not decode to their announced length.
             LandingError: The guest's RAM cannot be reached.
         """
         if batch.block in self._landed:
@@ -82,19 +82,39 @@ class PageApplier:
         return AppliedBatch(self._apply_zeros(batch), self._apply_content(batch))
 
     def _land(self, batch: PageBatch, ram: LandedBlock) -> None:
-        """Write the batch into the guest's RAM and digest what then stands there."""
-        zeros, pages = batch.zero_pages, batch.literal_pages
-        if len(zeros):
-            if ram.fresh:
-                zeros = zeros[self.table.get(batch.block, zeros).any(axis=1)]
-            if len(zeros):
-                ram.zero(zeros)
-            self.table.put(batch.block, batch.zero_pages, self._zero)
-        if len(pages):
-            there = self._scratch[: len(pages)]
-            ram.write(pages, contiguous_literals(batch, there))
-            ram.read_into(pages, there)
-            self.table.put(batch.block, pages, digest_pages(there, self._seed))
+        """Write the batch into the guest's RAM and digest what then stands there.
+
+        All that is read is read before anything is written, as the link protocol wants it.
+        """
+        lists = (batch.ref_pages, batch.delta_pages, batch.literal_pages)
+        rows = _by_class(batch, self._scratch[: batch.content_count])
+        refs, deltas, literals = rows
+        if len(refs):
+            self._slots.read_into(batch.ref_slots, refs)
+        if len(deltas):
+            ram.read_into(batch.delta_pages, deltas)
+            apply_differences(batch, deltas)
+        if len(literals):
+            literals = contiguous_literals(batch, literals)
+        self._land_zeros(batch, ram)
+        for pages, data in zip(lists, (refs, deltas, literals), strict=True):
+            if len(pages):
+                ram.write(pages, data)
+        for pages, there in zip(lists, rows, strict=True):
+            if len(pages):
+                ram.read_into(pages, there)
+                self.table.put(batch.block, pages, digest_pages(there, self._seed))
+
+    def _land_zeros(self, batch: PageBatch, ram: LandedBlock) -> None:
+        pages = batch.zero_pages
+        if not len(pages):
+            return
+        written = pages
+        if ram.fresh:
+            written = pages[self.table.get(batch.block, pages).any(axis=1)]
+        if len(written):
+            ram.zero(written)
+        self.table.put(batch.block, pages, self._zero)
 
     def _apply_zeros(self, batch: PageBatch) -> ZeroRun | None:
         pages = batch.zero_pages
@@ -108,22 +128,34 @@ class PageApplier:
         return ZeroRun(batch.block, written) if len(written) else None
 
     def _apply_content(self, batch: PageBatch) -> PageRun | None:
-        ref_count, literal_count = len(batch.ref_pages), len(batch.literal_pages)
-        if ref_count + literal_count == 0:
+        """Read all slots before any is written, as the link protocol wants it."""
+        if batch.content_count == 0:
             return None
-        data = self._allocate(ref_count + literal_count)
-        if ref_count:
-            self._slots.read_into(batch.ref_slots, data[:ref_count])
-        if literal_count:
-            literals = decode_into_rows(batch, data[ref_count:])
+        data = self._allocate(batch.content_count)
+        refs, deltas, literals = _by_class(batch, data)
+        if len(refs):
+            self._slots.read_into(batch.ref_slots, refs)
+        if len(deltas):
+            self._slots.read_into(batch.delta_bases, deltas)
+            apply_differences(batch, deltas)
+            self._slots.write(batch.delta_bases, deltas)
+        if len(literals):
+            decode_into_rows(batch, literals)
             self._slots.write(batch.literal_slots, literals)
-        pages = (
-            np.concatenate([batch.ref_pages, batch.literal_pages])
-            if ref_count
-            else batch.literal_pages
-        )
+        pages = batch.literal_pages
+        if len(pages) < len(data):
+            pages = np.concatenate([batch.ref_pages, batch.delta_pages, batch.literal_pages])
         self.table.put(batch.block, pages, digest_pages(data, self._seed))
         return PageRun(batch.block, pages, data)
+
+
+def _by_class(
+    batch: PageBatch, rows: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """Cut the rows of a batch's content into those of refs, deltas and literals."""
+    after_refs = len(batch.ref_pages)
+    after_deltas = after_refs + len(batch.delta_pages)
+    return rows[:after_refs], rows[after_refs:after_deltas], rows[after_deltas:]
 
 
 def contiguous_literals(batch: PageBatch, room: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -153,3 +185,14 @@ def decode_into_rows(batch: PageBatch, rows: NDArray[np.uint8]) -> NDArray[np.ui
     decode_into(batch.codec_id, batch.encoded, raw.data)
     rows[:] = raw.reshape(-1, PAGE_SIZE)
     return rows
+
+
+def apply_differences(batch: PageBatch, rows: NDArray[np.uint8]) -> None:
+    """Turn the base of each delta page, shape (n, 4096), into its new content, in place.
+
+    Raises:
+        CodecError: The data does not decode to exactly n differences. ``rows`` are unchanged.
+    """
+    difference = np.empty(rows.shape, np.uint8)
+    decode_into(batch.delta_codec_id, batch.delta_encoded, difference.reshape(-1).data)
+    np.bitwise_xor(rows, difference, out=rows)

@@ -4,10 +4,13 @@ What stands here is what ``apply`` needs of it; where the RAM is and how it is r
 process, a mapped file) is the destination guest's.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from proto.guest_events import PAGE_SIZE, RamBlock
 
 
 class LandedBlock(Protocol):
@@ -45,3 +48,34 @@ class LandedBlock(Protocol):
             LandingError: The memory cannot be reached.
         """
         ...
+
+
+class LandedRam:
+    """All landed blocks as slots: every page of the guest counts, blocks in order."""
+
+    def __init__(self, blocks: Sequence[RamBlock], landed: Mapping[int, LandedBlock]) -> None:
+        self._ends = np.cumsum([block.page_count for block in blocks])
+        self._landed = landed
+
+    def read_into(self, slots: NDArray[np.uint32], out: NDArray[np.uint8]) -> None:
+        """Copy the pages of ``slots``, in any order and with repeats, into ``out``, (n, 4096).
+
+        Args:
+            slots: Only of pages of landed blocks, as the link protocol makes sure.
+            out: Rows may be apart.
+
+        Raises:
+            LandingError: The memory cannot be reached.
+        """
+        wanted, places = np.unique(slots, return_inverse=True)
+        found = np.empty((len(wanted), PAGE_SIZE), np.uint8)
+        for block, ram in self._landed.items():
+            end = int(self._ends[block])
+            begin = int(self._ends[block - 1]) if block else 0
+            first, last = np.searchsorted(wanted, (begin, end))
+            if first < last:
+                ram.read_into(wanted[first:last] - np.uint32(begin), found[first:last])
+        out[:] = found[places]
+
+    def write(self, slots: NDArray[np.uint32], data: NDArray[np.uint8]) -> None:
+        """Nothing goes into a slot as such; what lands is in its page already."""

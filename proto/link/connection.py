@@ -7,7 +7,7 @@ through ``get_buffer`` and ``buffer_updated``, messages come out of ``next_event
 ``RemoteProtocolError`` (the peer's; this end stays in ``LinkState.ERROR``) is ever raised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from proto.errors import (
@@ -51,7 +51,7 @@ from proto.link.messages import (
     Switchover,
     Welcome,
 )
-from proto.link.pages import PageBatch, RamShape, bytes_by_class
+from proto.link.pages import PageBatch, RamShape, SlotSpace, bytes_by_class
 from proto.link.sequence import ReceiveSequence, SendWindow
 from proto.link.state import ENDED, LAST_WORDS, Direction, LinkState, Role, next_state
 
@@ -94,7 +94,7 @@ class LinkConnection:
         hello: The HELLO that was said, if any.
         welcome: The WELCOME that was said, if any.
         commit_kind: The kind of commit WELCOME named.
-        context: RAM shape and cache slots, as agreed.
+        context: RAM shape and what slot numbers mean, as agreed.
         window: Numbers and keeps what the source sends (source only).
         sequence: What the destination received (destination only).
         sent_bytes: Account of everything ``send`` returned, keys ``BYTE_CLASSES``; they sum to
@@ -271,9 +271,14 @@ class LinkConnection:
         elif isinstance(message, Welcome):
             self.welcome = message
             self.commit_kind = CommitKind(message.commit)
-            self.context = Context(self.context.shape, message.cache_slots)
+            self.context = Context(self.context.shape, SlotSpace(message.cache_slots))
         elif isinstance(message, RamBlockTable):
-            self.context = Context(RamShape.of(message.blocks), self.context.cache_slots)
+            landed = self.welcome.landed if self.welcome is not None else ()
+            landing = (i for i, block in enumerate(message.blocks) if block.idstr in landed)
+            self.context = Context(
+                RamShape.of(message.blocks),
+                replace(self.context.slots, landed=frozenset(landing)),
+            )
         elif isinstance(message, DigestQuery):
             self._query = message
 
@@ -372,7 +377,7 @@ def check_reply(where: str, query: DigestQuery | None, reply: DigestReply) -> No
 def raw_bytes(message: Message) -> int:
     """Bytes the destination guest takes in because of a message: its share of the window."""
     if isinstance(message, PageBatch):
-        return (len(message.ref_pages) + len(message.literal_pages)) * PAGE_SIZE
+        return message.content_count * PAGE_SIZE
     if isinstance(message, (OpaqueData, DeviceStateData)):
         return message.raw_len
     return 0

@@ -16,7 +16,6 @@ from proto.errors import LocalProtocolError, MessageError, VersionMismatchError
 from proto.guest_events import PAGE_SIZE, OpaqueKind, RamBlock
 from proto.limits import (
     DIGEST_BYTES,
-    MAX_BATCH_PAGES,
     MAX_DATA_BYTES,
     MAX_GREETING_BYTES,
     MAX_MESSAGE_HEADER_BYTES,
@@ -26,12 +25,18 @@ from proto.limits import (
     MAX_SMALL_HEADER_BYTES,
     MAX_START_BYTES,
     MAX_TEXT_BYTES,
-    MAX_ZERO_RUNS,
 )
 from proto.link import messages as m
 from proto.link.fields import FIELDS, TEXT
 from proto.link.frames import Buffer, Frame, FrameShape, FrameType
-from proto.link.pages import BATCH_HEADER, PageBatch, RamShape, decode_pages, encode_pages
+from proto.link.pages import (
+    MAX_BATCH_HEADER_BYTES,
+    PageBatch,
+    RamShape,
+    SlotSpace,
+    decode_pages,
+    encode_pages,
+)
 from proto.packing import pack_fields, unpack_fields, unpack_map
 
 Encoded = tuple[bytes, tuple[Buffer, ...]]
@@ -40,6 +45,9 @@ Encoded = tuple[bytes, tuple[Buffer, ...]]
 NO_RAM: Final = RamShape(())
 """The shape before RAM_BLOCKS."""
 
+NO_SLOTS: Final = SlotSpace()
+"""What slot numbers mean before WELCOME: nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -47,11 +55,11 @@ class Context:
 
     Attributes:
         shape: The guest's RAM blocks; without any before RAM_BLOCKS.
-        cache_slots: Page cache slots that were agreed.
+        slots: What slot numbers mean, as agreed.
     """
 
     shape: RamShape = NO_RAM
-    cache_slots: int = 0
+    slots: SlotSpace = NO_SLOTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +146,7 @@ def _encode_batch(message: PageBatch) -> Encoded:
 
 
 def _decode_batch(frame: Frame, context: Context) -> PageBatch:
-    return decode_pages(
-        frame.where, frame.header, frame.payload, context.shape, context.cache_slots
-    )
+    return decode_pages(frame.where, frame.header, frame.payload, context.shape, context.slots)
 
 
 def _encode_opaque(message: m.OpaqueData) -> Encoded:
@@ -327,7 +333,6 @@ def _map(cls: Callable[..., m.Message], sender: str, max_header_bytes: int) -> F
     return FrameRule(False, max_header_bytes, 0, source, destination, _encode_map, decode)
 
 
-_MAX_BATCH_HEADER: Final = BATCH_HEADER.size + 8 * (MAX_ZERO_RUNS + MAX_BATCH_PAGES)
 _SMALL: Final = MAX_SMALL_HEADER_BYTES
 
 FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
@@ -336,7 +341,7 @@ FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
             _encode_blocks, _decode_blocks, MAX_MESSAGE_HEADER_BYTES, MAX_START_BYTES
         ),
         FrameType.PAGES: _numbered(
-            _encode_batch, _decode_batch, _MAX_BATCH_HEADER, MAX_DATA_BYTES
+            _encode_batch, _decode_batch, MAX_BATCH_HEADER_BYTES, MAX_DATA_BYTES
         ),
         FrameType.OPAQUE: _numbered(
             _encode_opaque, _decode_opaque, OPAQUE.size + MAX_TEXT_BYTES, MAX_DATA_BYTES

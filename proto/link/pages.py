@@ -1,36 +1,39 @@
 """PAGES: one batch of one RAM block, every page under exactly one class.
 
 The message header holds the counts and page numbers as packed little-endian arrays, the payload
-nothing but the literal pages' bytes. No Python loop runs over pages. References read the page
-cache as it was *before* the batch's own slot writes.
+nothing but bytes of literal pages and of differences. No Python loop runs over pages. References
+and deltas read their slots as they were *before* anything the batch itself writes.
 
     offset  size  type   field
          0     2  u16    block: index into RAM_BLOCKS
-         2     1  u8     codec of the payload (1 raw, 2 lz4, 3 zstd)
-         3     1  u8     0
+         2     1  u8     codec of the literals (1 raw, 2 lz4, 3 zstd)
+         3     1  u8     codec of the deltas
          4     2  u16    z: zero runs
          6     2  u16    r: referenced pages
-         8     2  u16    delta pages, 0 in version 1
+         8     2  u16    d: delta pages
         10     2  u16    l: literal pages
-        12     2  u16    p: runs of literal pages, 0 = listed one by one
-        14     2  u16    s: runs of their slots, 0 = listed one by one
-        16     4  u32    pages of class 'same' (an account, nothing to load)
-        20     4  u32    raw length of the literals: l * 4096
-        24     4  u32    encoded length: the frame's payload length
-        28    8z  u32    zero runs: first page, count
-              4r  u32    referenced pages
-              4r  u32    the cache slots they are read from
-      8p or 4l    u32    literal pages, as runs (first, count) or one by one
-      8s or 4l    u32    the cache slots they go to, ffffffff = none; a run of those stays there
+        12    12  u16    runs of each list below, 0 = listed one by one:
+                         referenced pages, their slots, delta pages, their base slots, literal
+                         pages, their slots
+        24     4  u32    pages of class 'same' (an account, nothing to load)
+        28     4  u32    encoded length of the literals
+        32     4  u32    encoded length of the deltas
+        36    8z  u32    zero runs: first page, count
+      8n or 4r    u32    referenced pages, as runs (first, count) or one by one
+      8n or 4r    u32    the slots they are read from
+      8n or 4d    u32    delta pages
+      8n or 4d    u32    the slots they differ from and go to; absent with landed RAM
+      8n or 4l    u32    literal pages
+      8n or 4l    u32    the slots they go to, ffffffff = none; a run of those stays there
 """
 
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from proto.codecs import CodecId
 from proto.errors import LocalProtocolError, MessageError
@@ -44,15 +47,22 @@ from proto.limits import (
     NOT_CACHED,
 )
 from proto.link.frames import Buffer, FrameType
+from proto.link.page_lists import (
+    NO_PAGES,
+    U32,
+    Pages,
+    expand_zero_runs,
+    pack_list,
+    unpack_list,
+    zero_runs,
+)
 
-BATCH_HEADER: Final = struct.Struct("<HBBHHHHHHIII")
+BATCH_HEADER: Final = struct.Struct("<HBB10H3I")
 
-_U32: Final = np.dtype("<u4")
+MAX_BATCH_HEADER_BYTES: Final = BATCH_HEADER.size + 8 * MAX_ZERO_RUNS + 16 * MAX_BATCH_PAGES
+"""Two lists for each class with content, and at worst every number a run of its own."""
+
 _CODECS: Final = frozenset(CodecId)
-_EMPTY: Final = np.zeros(0, _U32)
-_EMPTY.flags.writeable = False
-
-Pages = NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,32 @@ class RamShape:
         return cls(tuple(block.page_count for block in blocks))
 
 
+@dataclass(frozen=True, slots=True)
+class SlotSpace:
+    """What slot numbers mean in a migration: one space for cache or landed RAM, and old copy.
+
+    Attributes:
+        cache_slots: Slots of the page cache; 0 with landed RAM.
+        landed: Indices of the RAM blocks that land. If there are any, slot numbers begin with the
+            pages of *all* blocks, in order, but only those of these blocks can be read.
+        old_pages: Pages of an old copy, behind cache or RAM.
+    """
+
+    cache_slots: int = 0
+    landed: frozenset[int] = frozenset()
+    old_pages: int = 0
+
+    def unreadable(self, slots: Pages, shape: RamShape) -> int | None:
+        """Find a slot that no reference may name; ``None`` if there is none such."""
+        if not self.landed:
+            beyond = slots >= self.cache_slots + self.old_pages
+        else:
+            ends = np.cumsum((*shape.block_pages, self.old_pages))
+            known = (*(i in self.landed for i in range(len(shape.block_pages))), True, False)
+            beyond = ~np.array(known)[np.searchsorted(ends, slots, side="right")]
+        return int(slots[beyond.argmax()]) if beyond.any() else None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PageBatch:
     """One PAGES message; all page arrays are u32, shape (n,), strictly increasing.
@@ -75,38 +111,43 @@ class PageBatch:
         block: Index into the guest's RAM blocks.
         zero_pages: Pages that are all zero.
         same_count: Pages whose content the destination already has at this address.
-        ref_pages: Pages whose content stands in a cache slot.
+        ref_pages: Pages whose content stands in a slot.
         ref_slots: The slots, shape as ``ref_pages``.
         literal_pages: Pages whose content follows.
         literal_slots: Slots they are to be kept in, ``NOT_CACHED`` for none; no slot twice.
         codec_id: How the literals are encoded, a ``CodecId``.
         encoded: The literals' bytes, in one buffer or several; a decoded batch has one
             ``memoryview`` of memory that is its own.
-        list_words: Words that the literals' pages and slots take in the header; known once
-            encoded or decoded.
+        delta_pages: Pages that follow as a difference.
+        delta_bases: The slots they differ from and then go to, shape as ``delta_pages``; empty
+            with landed RAM, where each page differs from what it was.
+        delta_codec_id: How the differences are encoded.
+        delta_encoded: The XOR of each delta page and its base, one after the other, encoded
+            together.
+        list_words: Words that the lists of each class take in the header, ref, delta and literal;
+            known once encoded or decoded.
     """
 
     frame_type: ClassVar[FrameType] = FrameType.PAGES
 
     block: int
-    zero_pages: Pages = field(default_factory=lambda: _EMPTY)
+    zero_pages: Pages = field(default_factory=lambda: NO_PAGES)
     same_count: int = 0
-    ref_pages: Pages = field(default_factory=lambda: _EMPTY)
-    ref_slots: Pages = field(default_factory=lambda: _EMPTY)
-    literal_pages: Pages = field(default_factory=lambda: _EMPTY)
-    literal_slots: Pages = field(default_factory=lambda: _EMPTY)
+    ref_pages: Pages = field(default_factory=lambda: NO_PAGES)
+    ref_slots: Pages = field(default_factory=lambda: NO_PAGES)
+    literal_pages: Pages = field(default_factory=lambda: NO_PAGES)
+    literal_slots: Pages = field(default_factory=lambda: NO_PAGES)
     codec_id: int = CodecId.RAW
     encoded: Buffer | tuple[Buffer, ...] = b""
-    list_words: int | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def raw_len(self) -> int:
-        """Bytes of the literals after decoding."""
-        return len(self.literal_pages) * PAGE_SIZE
+    delta_pages: Pages = field(default_factory=lambda: NO_PAGES)
+    delta_bases: Pages = field(default_factory=lambda: NO_PAGES)
+    delta_codec_id: int = CodecId.RAW
+    delta_encoded: Buffer = b""
+    list_words: tuple[int, int, int] | None = field(default=None, compare=False, repr=False)
 
     @property
     def encoded_buffers(self) -> tuple[Buffer, ...]:
-        """The encoded bytes as buffers that follow each other."""
+        """The literals' encoded bytes as buffers that follow each other."""
         return self.encoded if isinstance(self.encoded, tuple) else (self.encoded,)
 
     @property
@@ -115,10 +156,30 @@ class PageBatch:
         return sum(map(len, self.encoded_buffers))
 
     @property
+    def payload_len(self) -> int:
+        """Bytes of literals and differences on the wire."""
+        return self.encoded_len + len(self.delta_encoded)
+
+    @property
+    def content_count(self) -> int:
+        """Pages that the destination is given content for, zero pages apart."""
+        return len(self.ref_pages) + len(self.delta_pages) + len(self.literal_pages)
+
+    @property
     def page_count(self) -> int:
         """Pages of all classes."""
-        with_content = len(self.ref_pages) + len(self.literal_pages)
-        return len(self.zero_pages) + self.same_count + with_content
+        return len(self.zero_pages) + self.same_count + self.content_count
+
+    @property
+    def pages_by_class(self) -> dict[str, int]:
+        """Pages under each of the five classes."""
+        return {
+            "zero": len(self.zero_pages),
+            "same": self.same_count,
+            "ref": len(self.ref_pages),
+            "delta": len(self.delta_pages),
+            "literal": len(self.literal_pages),
+        }
 
 
 def encode_pages(batch: PageBatch) -> tuple[bytes, tuple[Buffer, ...]]:
@@ -132,54 +193,49 @@ def encode_pages(batch: PageBatch) -> tuple[bytes, tuple[Buffer, ...]]:
             slot numbers are left for the receiver to judge.
     """
     runs = zero_runs(batch.zero_pages)
-    refs, literals = len(batch.ref_pages), len(batch.literal_pages)
     buffers = batch.encoded_buffers
     encoded_len = sum(map(len, buffers))
-    if len(batch.ref_slots) != refs or len(batch.literal_slots) != literals:
-        raise LocalProtocolError("a batch has as many slots as pages")
     if runs.size > 2 * MAX_ZERO_RUNS or len(batch.zero_pages) > MAX_ZERO_PAGES:
         raise LocalProtocolError("too many zero pages in a batch: split_zero_pages() first")
-    wrong = _wrong_counts(batch, refs + literals, encoded_len)
+    if not _fits(batch):
+        raise LocalProtocolError("a batch has as many slots as pages")
+    wrong = _wrong_counts(batch, encoded_len)
     if wrong:
         raise LocalProtocolError(f"a batch cannot have {wrong}")
-    literal_pages, page_runs = _as_runs(batch.literal_pages)
-    literal_slots, slot_runs = _as_runs(batch.literal_slots)
+    packed = [pack_list(numbers) for numbers in _lists(batch)]
+    sizes = [words.size for words, _ in packed]
     # Kept for the byte account, which is asked for right after: packing is the costly part.
-    object.__setattr__(batch, "list_words", literal_pages.size + literal_slots.size)
+    object.__setattr__(batch, "list_words", _words_by_class(sizes))
     fixed = BATCH_HEADER.pack(
         batch.block,
         batch.codec_id,
-        0,
+        batch.delta_codec_id,
         runs.size // 2,
-        refs,
-        0,
-        literals,
-        page_runs,
-        slot_runs,
+        len(batch.ref_pages),
+        len(batch.delta_pages),
+        len(batch.literal_pages),
+        *[count for _, count in packed],
         batch.same_count,
-        literals * PAGE_SIZE,
         encoded_len,
+        len(batch.delta_encoded),
     )
-    arrays = [runs] if runs.size else []
-    if refs:
-        arrays += [batch.ref_pages, batch.ref_slots]
-    if literals:
-        arrays += [literal_pages, literal_slots]
-    header = b"".join([fixed, *[part.astype(_U32, copy=False).tobytes() for part in arrays]])
-    return header, buffers
+    arrays = [runs, *[words for words, _ in packed]]
+    parts = [part.astype(U32, copy=False).tobytes() for part in arrays if part.size]
+    payload = (*buffers, batch.delta_encoded) if len(batch.delta_encoded) else buffers
+    return b"".join([fixed, *parts]), payload
 
 
 def decode_pages(
-    where: str, header: bytes, payload: Buffer, shape: RamShape, cache_slots: int
+    where: str, header: bytes, payload: Buffer, shape: RamShape, slots: SlotSpace
 ) -> PageBatch:
     """Decode and fully check a batch; the payload is not decompressed.
 
     Args:
         where: Names the frame in errors.
         header: Message header; the batch's arrays are read-only views of it.
-        payload: The frame's payload, becomes ``encoded``.
+        payload: The frame's payload, becomes ``encoded`` and ``delta_encoded``.
         shape: The guest's RAM blocks.
-        cache_slots: Slots that were agreed.
+        slots: What slot numbers mean, as agreed.
 
     Raises:
         MessageError: Counts, page numbers or slots break a rule of the format.
@@ -188,43 +244,61 @@ def decode_pages(
         raise MessageError(
             where, f"{BATCH_HEADER.size} bytes of batch header", str(len(header))
         )
-    fields = BATCH_HEADER.unpack_from(header)
-    block, codec_id, reserved, n_runs, refs, deltas, literals = fields[:7]
-    page_runs, slot_runs, same, raw_len, enc_len = fields[7:]
-    if reserved or deltas:
-        raise MessageError(where, "no delta pages and a zero byte", f"{deltas}, {reserved}")
+    block, codec_id, delta_codec_id, *counts = BATCH_HEADER.unpack_from(header)
+    same, encoded_len, delta_len = counts[-3:]
     if block >= len(shape.block_pages):
         raise MessageError(where, f"a block below {len(shape.block_pages)}", str(block))
-    if n_runs > MAX_ZERO_RUNS:
-        raise MessageError(where, f"at most {MAX_ZERO_RUNS} zero runs", str(n_runs))
-    page_words, slot_words = 2 * page_runs or literals, 2 * slot_runs or literals
-    length = BATCH_HEADER.size + 8 * (n_runs + refs) + 4 * (page_words + slot_words)
-    if len(header) != length:
-        raise MessageError(where, f"a message header of {length} bytes", str(len(header)))
-    if raw_len != literals * PAGE_SIZE or enc_len != len(payload):
-        expected = f"raw length {literals * PAGE_SIZE}, encoded length {len(payload)}"
-        raise MessageError(where, expected, f"{raw_len}, {enc_len}")
-    words = np.frombuffer(header, _U32, offset=BATCH_HEADER.size)
-    at_refs, at_literals = 2 * n_runs, 2 * (n_runs + refs)
+    if encoded_len + delta_len != len(payload):
+        got = f"{encoded_len} and {delta_len}"
+        raise MessageError(where, f"{len(payload)} encoded bytes in all", got)
+    runs, lists, list_words = _unpack_lists(where, header, counts[:10], slots)
     limit = shape.block_pages[block]
     batch = PageBatch(
         block=block,
-        zero_pages=_expand_runs(where, words[:at_refs], limit) if n_runs else _EMPTY,
+        zero_pages=expand_zero_runs(where, runs, limit) if len(runs) else NO_PAGES,
         same_count=same,
-        ref_pages=words[at_refs : at_refs + refs],
-        ref_slots=words[at_refs + refs : at_literals],
-        literal_pages=_listed(where, words[at_literals:][:page_words], page_runs, literals),
-        literal_slots=_listed(where, words[at_literals + page_words :], slot_runs, literals),
+        ref_pages=lists[0],
+        ref_slots=lists[1],
+        delta_pages=lists[2],
+        delta_bases=lists[3],
+        literal_pages=lists[4],
+        literal_slots=lists[5],
         codec_id=codec_id,
-        encoded=payload,
-        list_words=page_words + slot_words,
+        delta_codec_id=delta_codec_id,
+        encoded=memoryview(payload)[:encoded_len] if delta_len else payload,
+        delta_encoded=memoryview(payload)[encoded_len:] if delta_len else b"",
+        list_words=list_words,
     )
-    wrong = _wrong_counts(batch, refs + literals, enc_len)
+    wrong = _wrong_counts(batch, encoded_len)
     if wrong:
         raise MessageError(where, "a batch within its limits", wrong)
     _check_pages(where, batch, limit)
-    _check_slots(where, batch, cache_slots)
+    _check_slots(where, batch, shape, slots)
     return batch
+
+
+def _unpack_lists(
+    where: str, header: bytes, fields: Sequence[int], slots: SlotSpace
+) -> tuple[Pages, list[Pages], tuple[int, int, int]]:
+    """Cut the header's arrays apart: zero runs, the six lists, and ``list_words``.
+
+    ``fields`` are the header's: zero runs, pages of three classes, runs of six lists.
+    """
+    n_runs, refs, deltas, literals, *list_runs = fields
+    if n_runs > MAX_ZERO_RUNS:
+        raise MessageError(where, f"at most {MAX_ZERO_RUNS} zero runs", str(n_runs))
+    counts = (refs, refs, deltas, 0 if slots.landed else deltas, literals, literals)
+    sizes = [2 * runs or count for runs, count in zip(list_runs, counts, strict=True)]
+    length = BATCH_HEADER.size + 8 * n_runs + 4 * sum(sizes)
+    if len(header) != length:
+        raise MessageError(where, f"a message header of {length} bytes", str(len(header)))
+    words = np.frombuffer(header, U32, offset=BATCH_HEADER.size)
+    starts = accumulate(sizes, initial=2 * n_runs)
+    lists = [
+        unpack_list(where, words[at : at + size], runs, count)
+        for at, size, runs, count in zip(starts, sizes, list_runs, counts, strict=False)
+    ]
+    return words[: 2 * n_runs], lists, _words_by_class(sizes)
 
 
 def bytes_by_class(batch: PageBatch) -> dict[str, int]:
@@ -235,108 +309,61 @@ def bytes_by_class(batch: PageBatch) -> dict[str, int]:
     """
     list_words = batch.list_words
     if list_words is None:
-        arrays = (batch.literal_pages, batch.literal_slots)
-        list_words = sum(_as_runs(numbers)[0].size for numbers in arrays)
+        list_words = _words_by_class([pack_list(numbers)[0].size for numbers in _lists(batch)])
+    refs, deltas, literals = list_words
     return {
         "zero": 4 * zero_runs(batch.zero_pages).size,
         "same": 0,
-        "ref": 8 * len(batch.ref_pages),
-        "delta": 0,
-        "literal": 4 * list_words + batch.encoded_len,
+        "ref": 4 * refs,
+        "delta": 4 * deltas + len(batch.delta_encoded),
+        "literal": 4 * literals + batch.encoded_len,
         "control": FRAME_HEADER_BYTES + BATCH_HEADER.size,
     }
 
 
-def zero_runs(pages: Pages) -> Pages:
-    """Pack strictly increasing pages as runs: first page, count, and so on."""
-    if not len(pages):
-        return _EMPTY
-    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
-    starts = np.concatenate(([0], breaks))
-    runs = np.empty((len(starts), 2), _U32)
-    runs[:, 0] = pages[starts]
-    runs[:, 1] = np.diff(starts, append=len(pages))
-    return runs.reshape(-1)
+def _lists(batch: PageBatch) -> tuple[Pages, ...]:
+    """The batch's lists in the order in which they stand in the header."""
+    return (
+        batch.ref_pages,
+        batch.ref_slots,
+        batch.delta_pages,
+        batch.delta_bases,
+        batch.literal_pages,
+        batch.literal_slots,
+    )
 
 
-def split_zero_pages(pages: Pages) -> list[Pages]:
-    """Cut strictly increasing pages into views that each fit one batch."""
-    pieces = []
-    while len(pages):
-        head = pages[:MAX_ZERO_PAGES]
-        breaks = np.flatnonzero(np.diff(head) != 1) + 1
-        if len(breaks) >= MAX_ZERO_RUNS:
-            head = head[: breaks[MAX_ZERO_RUNS - 1]]
-        pieces.append(head)
-        pages = pages[len(head) :]
-    return pieces
+def _words_by_class(sizes: Sequence[int]) -> tuple[int, int, int]:
+    return sizes[0] + sizes[1], sizes[2] + sizes[3], sizes[4] + sizes[5]
 
 
-def _as_runs(numbers: Pages) -> tuple[Pages, int]:
-    """Pack page or slot numbers as runs where that is shorter: the words, and how many runs.
-
-    Numbers that go up by one form a run, and so does ``NOT_CACHED`` again and again.
-    """
-    count = len(numbers)
-    if count < 3:
-        return numbers, 0
-    if _is_one_run(numbers):  # nearly always, and then the rest is too dear
-        return np.array((numbers[0], count), _U32), 1
-    steps = np.diff(numbers)  # unsigned: a step down is a large number, no run
-    none = (numbers[1:] == NOT_CACHED) | (numbers[:-1] == NOT_CACHED)
-    breaks = np.flatnonzero(np.where(none, steps != 0, steps != 1)) + 1
-    if 2 * (len(breaks) + 1) >= len(numbers):
-        return numbers, 0
-    starts = np.concatenate(([0], breaks))
-    runs = np.empty((len(starts), 2), _U32)
-    runs[:, 0] = numbers[starts]
-    runs[:, 1] = np.diff(starts, append=len(numbers))
-    return runs.reshape(-1), len(starts)
+def _fits(batch: PageBatch) -> bool:
+    """Whether each list of slots is as long as its pages."""
+    return (
+        len(batch.ref_slots) == len(batch.ref_pages)
+        and len(batch.delta_bases) in (0, len(batch.delta_pages))
+        and len(batch.literal_slots) == len(batch.literal_pages)
+    )
 
 
-def _is_one_run(numbers: Pages) -> bool:
-    first, last = int(numbers[0]), int(numbers[-1])
-    if first == NOT_CACHED:
-        return bool((numbers == NOT_CACHED).all())
-    if last - first != len(numbers) - 1 or last == NOT_CACHED:
-        return False
-    return bool((numbers[1:] - numbers[:-1] == 1).all())
-
-
-def _listed(where: str, words: Pages, runs: int, count: int) -> Pages:
-    """Undo ``_as_runs`` after checking that exactly ``count`` numbers come of it."""
-    if not runs:
-        return words
-    if runs == 1:
-        first, length = int(words[0]), int(words[1])
-        if length == count and first == NOT_CACHED:
-            return np.full(count, NOT_CACHED, np.uint32)
-        if length == count and first + count <= NOT_CACHED:
-            return np.arange(first, first + count, dtype=np.uint32)
-    firsts, lengths = words[0::2].astype(np.int64), words[1::2].astype(np.int64)
-    total = int(lengths.sum())
-    if total != count or not lengths.all():
-        raise MessageError(where, f"runs of {count} pages in all, none empty", str(total))
-    within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    within[np.repeat(firsts == NOT_CACHED, lengths)] = 0
-    numbers = np.repeat(firsts, lengths) + within
-    if numbers.max() > NOT_CACHED:
-        raise MessageError(where, "numbers of 32 bits", str(int(numbers.max())))
-    return numbers.astype(np.uint32)
-
-
-def _wrong_counts(batch: PageBatch, with_content: int, encoded_len: int) -> str:
+def _wrong_counts(batch: PageBatch, encoded_len: int) -> str:
     """Say which count or length is out of range, the same for both ends; "" if none is."""
-    if with_content > MAX_BATCH_PAGES:
-        return f"{with_content} pages with content"
+    if batch.content_count > MAX_BATCH_PAGES:
+        return f"{batch.content_count} pages with content"
     if not 0 <= batch.same_count <= MAX_SAME_PAGES:
         return f"{batch.same_count} 'same' pages"
-    if not (with_content or batch.same_count or len(batch.zero_pages)):
+    if not batch.page_count:
         return "no page"
-    if batch.codec_id not in _CODECS:
-        return f"codec {batch.codec_id}"
-    raw_len = batch.raw_len
-    if batch.codec_id == CodecId.RAW:
+    return _wrong_length(
+        batch.codec_id, len(batch.literal_pages), encoded_len
+    ) or _wrong_length(batch.delta_codec_id, len(batch.delta_pages), len(batch.delta_encoded))
+
+
+def _wrong_length(codec_id: int, page_count: int, encoded_len: int) -> str:
+    raw_len = page_count * PAGE_SIZE
+    if codec_id not in _CODECS:
+        return f"codec {codec_id}"
+    if codec_id == CodecId.RAW:
         if encoded_len != raw_len:
             return f"{encoded_len} raw bytes for {raw_len}"
     elif not 0 < encoded_len < raw_len:
@@ -344,36 +371,19 @@ def _wrong_counts(batch: PageBatch, with_content: int, encoded_len: int) -> str:
     return ""
 
 
-def _expand_runs(where: str, words: Pages, limit: int) -> Pages:
-    """Turn zero runs into page numbers after checking that they are few, apart and in range."""
-    starts = words[0::2].astype(np.int64)
-    counts = words[1::2].astype(np.int64)
-    total = int(counts.sum())
-    if not counts.all() or total > MAX_ZERO_PAGES:
-        raise MessageError(
-            where, f"zero runs of 1 to {MAX_ZERO_PAGES} pages in all", str(total)
-        )
-    ends = starts + counts
-    if (starts[1:] < ends[:-1]).any():
-        raise MessageError(where, "zero runs in increasing order", "overlapping ones")
-    if ends[-1] > limit:
-        raise MessageError(where, f"zero pages below {limit}", str(int(ends[-1]) - 1))
-    offsets = starts - np.concatenate(([0], np.cumsum(counts)[:-1]))
-    return (np.repeat(offsets, counts) + np.arange(total)).astype(np.uint32)
-
-
 def _check_pages(where: str, batch: PageBatch, limit: int) -> None:
     """Check that pages are in range, in order, and in one class only."""
-    present = [part for part in (batch.ref_pages, batch.literal_pages) if len(part)]
+    lists = (batch.ref_pages, batch.delta_pages, batch.literal_pages)
+    present = [pages for pages in lists if len(pages)]
     for pages in present:
         if pages[-1] >= limit:
             raise MessageError(where, f"pages below {limit}", str(pages[-1]))
         if not (pages[1:] > pages[:-1]).all():
             raise MessageError(where, "pages in strictly increasing order", "others")
-    if len(present) == 2:
+    if len(present) > 1:
         merged = np.sort(np.concatenate(present))
         if (merged[1:] == merged[:-1]).any():
-            raise MessageError(where, "each page in one class", "a page in ref and literal")
+            raise MessageError(where, "each page in one class", "one with two contents")
     if len(batch.zero_pages):
         for pages in present:
             at = np.searchsorted(batch.zero_pages, pages)
@@ -382,17 +392,24 @@ def _check_pages(where: str, batch: PageBatch, limit: int) -> None:
                 raise MessageError(where, "each page in one class", "a zero page with content")
 
 
-def _check_slots(where: str, batch: PageBatch, cache_slots: int) -> None:
+def _check_slots(where: str, batch: PageBatch, shape: RamShape, slots: SlotSpace) -> None:
     """Check that slots exist and none is written twice."""
-    if len(batch.ref_slots) and batch.ref_slots.max() >= cache_slots:
-        raise MessageError(where, f"slots below {cache_slots}", str(batch.ref_slots.max()))
-    if not len(batch.literal_slots):
+    if len(batch.ref_slots):
+        unreadable = slots.unreadable(batch.ref_slots, shape)
+        if unreadable is not None:
+            raise MessageError(where, "slots that were agreed", str(unreadable))
+    if len(batch.delta_pages) and slots.landed and batch.block not in slots.landed:
+        raise MessageError(where, "deltas in blocks that land", f"block {batch.block}")
+    if not len(batch.literal_slots) and not len(batch.delta_bases):
         return
     written = np.sort(batch.literal_slots)
     written = written[: np.searchsorted(written, NOT_CACHED)]
+    if len(batch.delta_bases):
+        # ffffffff is no base: it is too high like any other.
+        written = np.sort(np.concatenate([written, batch.delta_bases]))
     if not len(written):
         return
-    if written[-1] >= cache_slots:
-        raise MessageError(where, f"slots below {cache_slots}", str(written[-1]))
+    if written[-1] >= slots.cache_slots:
+        raise MessageError(where, f"slots below {slots.cache_slots}", str(written[-1]))
     if (written[1:] == written[:-1]).any():
         raise MessageError(where, "each slot written once", "a slot written twice")

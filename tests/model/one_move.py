@@ -14,7 +14,7 @@ import xxhash
 from migrate.guests.simulated_source import BLOCK_NAME, RAM_START, DirtyWalk
 from migrate.pages.apply import PageApplier
 from migrate.pages.classify import ClassifiedPages, Classifier
-from migrate.report.ledger import Ledger
+from migrate.report.ledger import PAGE_CLASSES, Ledger
 from migrate.simulation.guest import SimulatedGuest, load_guest
 from migrate.simulation.ram import SimulatedRam
 from proto.codecs import CodecId, decode, make_codec
@@ -22,7 +22,8 @@ from proto.guest_events import MAX_RUN_PAGES, PageRun, RamBlock, ZeroRun
 from proto.link import messages as m
 from proto.link.connection import LinkClosed, LinkConnection
 from proto.link.messages import Message
-from proto.link.pages import PageBatch, bytes_by_class, split_zero_pages
+from proto.link.page_lists import split_zero_pages
+from proto.link.pages import PageBatch, bytes_by_class
 from proto.link.state import LinkState, Role
 from tests.link_pair import feed
 from tests.simulated import FakeTime
@@ -77,7 +78,7 @@ class Move:
         self._hashes = [xxhash.xxh3_128(seed=seed) for _ in range(2)]
         self._ledger = Ledger()
         self._wire_bytes = self._round_no = self.sent_pages = 0
-        self._classes = [dict.fromkeys(("zero", "same", "ref", "literal"), 0) for _ in range(2)]
+        self._classes = [dict.fromkeys(PAGE_CLASSES, 0) for _ in range(2)]
         self.state = b""
         self.end: m.EndOfState | None = None
         self._greet(blocks)
@@ -174,7 +175,7 @@ class Move:
         self._under_way.append(data)
         self._wire_bytes += len(data)
         if isinstance(message, PageBatch):
-            counts = _classes(message)
+            counts = message.pages_by_class
             self._ledger.add_pages(self._round_no, counts, bytes_by_class(message))
             _count(self._classes[0], counts)
 
@@ -193,7 +194,7 @@ class Move:
     def _take(self, message: Message) -> None:
         match message:
             case PageBatch():
-                _count(self._classes[1], _classes(message))
+                _count(self._classes[1], message.pages_by_class)
                 applied = self.applier.apply(message)
                 if applied.zeros is not None:
                     self.ram.zero(applied.zeros.pages)
@@ -256,15 +257,6 @@ class Move:
         self.deliver()
         self._answer(m.Running("running"))
         assert self._near.state is self._far.state is LinkState.RUNNING
-
-
-def _classes(batch: PageBatch) -> dict[str, int]:
-    return {
-        "zero": len(batch.zero_pages),
-        "same": batch.same_count,
-        "ref": len(batch.ref_pages),
-        "literal": len(batch.literal_pages),
-    }
 
 
 def _count(sums: dict[str, int], counts: dict[str, int]) -> None:

@@ -180,7 +180,7 @@ def test_the_account_of_sent_bytes_closes_and_knows_the_classes() -> None:
         "zero": 2 * 16,
         "same": 0,
         "ref": 2 * 8,
-        "delta": 0,
+        "delta": 2 * (8 + 4096),
         "literal": 2 * (2 * 8 + 8192),
         "opaque": len(b"QEVM" + b"start section" + b"x" + b"prelude"),
         "device_state": len(b"device"),
@@ -197,7 +197,7 @@ def test_the_window_counts_what_is_outstanding(sent: list[Message]) -> None:
     assert wire == sum(sum(map(len, encode_message(x)[1])) for x in sent) + sum(
         24 + len(encode_message(x)[0]) for x in sent
     )
-    raw = {FrameType.PAGES: 3 * 4096, FrameType.ROUND_END: 0, FrameType.OPAQUE: 500}
+    raw = {FrameType.PAGES: 4 * 4096, FrameType.ROUND_END: 0, FrameType.OPAQUE: 500}
     assert pair.src.window.outstanding_raw_bytes == 4 + sum(raw[x.frame_type] for x in sent)
     last = pair.dst.sequence.received_seq
     assert last == pair.src.window.sent_seq
@@ -404,6 +404,7 @@ def test_page_buffers_pass_through_send_uncopied() -> None:
     pair = Pair().greet()
     pair.say(Role.SOURCE, TABLE)
     buffers = pair.src.send(PAGES)
-    assert all(a is b for a, b in zip(buffers[1:], PAGES.encoded_buffers, strict=True))
+    payload = (*PAGES.encoded_buffers, PAGES.delta_encoded)
+    assert all(a is b for a, b in zip(buffers[1:], payload, strict=True))
     kept = pair.src.window.unreceived()[-1]
     assert kept.buffers == tuple(buffers)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from proto import limits
+from proto.codecs import CodecId, decode
 from proto.link import messages as m
 from proto.link.dispatch import FRAMES, encode_message
 from proto.link.fields import FIELDS
@@ -14,6 +15,8 @@ from tests.strategies import page_array
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "link-protocol.md").read_text()
 
+DIFFERENCE = bytes.fromhex("28b52ffd60002f8d000038000070616765000200940ff0fa278005")
+
 EXAMPLES: dict[str, tuple[int, Message]] = {
     "PAGES": (
         3,
@@ -23,6 +26,10 @@ EXAMPLES: dict[str, tuple[int, Message]] = {
             same_count=5,
             ref_pages=page_array([4]),
             ref_slots=page_array([7]),
+            delta_pages=page_array([5, 6, 7]),
+            delta_bases=page_array([20, 21, 2]),
+            delta_codec_id=CodecId.ZSTD,
+            delta_encoded=DIFFERENCE,
         ),
     ),
     "ACK": (0, m.Ack(3, 2)),
@@ -38,6 +45,12 @@ def test_the_documented_example_is_what_goes_over_the_wire(name: str) -> None:
     seq, message = EXAMPLES[name]
     frame = encode_frame(message.frame_type, seq, *encode_message(message))
     assert bytes.fromhex(" ".join(lines)) == b"".join(frame)
+
+
+def test_the_documented_difference_is_four_bytes_of_the_first_page() -> None:
+    assert decode(CodecId.ZSTD, DIFFERENCE, 3 * 4096) == b"page".rjust(104, b"\0").ljust(
+        3 * 4096, b"\0"
+    )
 
 
 def test_the_documented_limits_are_those_of_the_code() -> None:

@@ -33,14 +33,14 @@ from proto.link.frames import Frame, FrameType
 from proto.link.pages import RamShape
 from proto.packing import clip_text
 from tests.strategies import (
-    CACHE_SLOTS,
     MESSAGES,
     SHAPE_PAGES,
+    SLOTS,
     messages,
     same_message,
 )
 
-CONTEXT = Context(RamShape(SHAPE_PAGES), CACHE_SLOTS)
+CONTEXT = Context(RamShape(SHAPE_PAGES), SLOTS)
 DIGEST = bytes(16)
 MAPS = [number for number, fields in FIELDS.items() if fields]
 EMPTY = [number for number, fields in FIELDS.items() if not fields]

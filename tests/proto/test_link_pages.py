@@ -1,3 +1,4 @@
+import itertools
 import struct
 
 import numpy as np
@@ -15,19 +16,20 @@ from proto.limits import (
     NOT_CACHED,
 )
 from proto.link.frames import FrameType, encode_frame
+from proto.link.page_lists import Pages, split_zero_pages
 from proto.link.pages import (
     BATCH_HEADER,
     PageBatch,
-    Pages,
     RamShape,
+    SlotSpace,
     bytes_by_class,
     decode_pages,
     encode_pages,
-    split_zero_pages,
 )
 from tests.strategies import (
     CACHE_SLOTS,
     SHAPE_PAGES,
+    SLOTS,
     page_array,
     page_batches,
     same_message,
@@ -44,29 +46,27 @@ def slow_encode(batch: PageBatch) -> bytes:
             runs[-1][1] += 1
         else:
             runs.append([page, 1])
-    pages = slow_runs(batch.literal_pages.tolist())
-    slots = slow_runs(batch.literal_slots.tolist())
+    classes = (
+        (batch.ref_pages, batch.ref_slots),
+        (batch.delta_pages, batch.delta_bases),
+        (batch.literal_pages, batch.literal_slots),
+    )
+    lists = [numbers.tolist() for pages_and_slots in classes for numbers in pages_and_slots]
+    packed = [slow_runs(numbers) for numbers in lists]
     out = struct.pack(
-        "<HBBHHHHHHIII",
-        batch.block,
-        batch.codec_id,
-        0,
-        len(runs),
-        len(batch.ref_pages),
-        0,
-        len(batch.literal_pages),
-        len(pages),
-        len(slots),
+        "<HBB4H6HIII",
+        *(batch.block, batch.codec_id, batch.delta_codec_id, len(runs)),
+        *(len(pages) for pages, _ in classes),
+        *(len(of_list) for of_list in packed),
         batch.same_count,
-        4096 * len(batch.literal_pages),
         sum(len(part) for part in batch.encoded_buffers),
+        len(batch.delta_encoded),
     )
     for first, count in runs:
         out += struct.pack("<II", first, count)
-    literal = ((pages, batch.literal_pages), (slots, batch.literal_slots))
-    for packed, array in (([], batch.ref_pages), ([], batch.ref_slots), *literal):
-        for numbers in packed or [array.tolist()]:
-            out += struct.pack(f"<{len(numbers)}I", *numbers)
+    for numbers, of_list in zip(lists, packed, strict=True):
+        for part in of_list or [numbers]:
+            out += struct.pack(f"<{len(part)}I", *part)
     return out
 
 
@@ -85,12 +85,13 @@ def slow_runs(numbers: list[int]) -> list[list[int]]:
 def slow_is_legal(batch: PageBatch, shape: tuple[int, ...], cache_slots: int) -> bool:
     """The documented rules on page and slot numbers, one page at a time."""
     seen: set[int] = set()
-    for array in (batch.zero_pages, batch.ref_pages, batch.literal_pages):
+    for array in (batch.zero_pages, batch.ref_pages, batch.delta_pages, batch.literal_pages):
         pages = array.tolist()
         if sorted(set(pages)) != pages or seen & set(pages):
             return False
         seen |= set(pages)
     written = [slot for slot in batch.literal_slots.tolist() if slot != NOT_CACHED]
+    written += batch.delta_bases.tolist()
     return (
         all(page < shape[batch.block] for page in seen)
         and len(set(written)) == len(written)
@@ -99,7 +100,7 @@ def slow_is_legal(batch: PageBatch, shape: tuple[int, ...], cache_slots: int) ->
 
 
 def decode(header: bytes, payload: bytes = b"") -> PageBatch:
-    return decode_pages("here", header, payload, SHAPE, CACHE_SLOTS)
+    return decode_pages("here", header, payload, SHAPE, SLOTS)
 
 
 def raw_batch(literal: list[int], slots: list[int] | None = None) -> tuple[bytes, bytes]:
@@ -117,11 +118,14 @@ def raw_batch(literal: list[int], slots: list[int] | None = None) -> tuple[bytes
 def test_a_batch_is_encoded_as_documented_and_comes_back(batch: PageBatch) -> None:
     header, buffers = encode_pages(batch)
     assert header == slow_encode(batch)
-    assert all(a is b for a, b in zip(buffers, batch.encoded_buffers, strict=True))
+    handed = [*batch.encoded_buffers, batch.delta_encoded][: len(buffers)]
+    assert all(a is b for a, b in zip(buffers, handed, strict=True))
     got = decode(header, b"".join(buffers))
     assert same_message(got, batch)
     assert got.page_count == batch.page_count
-    assert (got.raw_len, got.encoded_len) == (batch.raw_len, batch.encoded_len)
+    assert got.pages_by_class == batch.pages_by_class
+    assert sum(got.pages_by_class.values()) == got.page_count
+    assert (got.encoded_len, got.payload_len) == (batch.encoded_len, batch.payload_len)
 
 
 @given(page_batches())
@@ -137,25 +141,28 @@ increasing = st.sets(st.integers(0, 10), max_size=3).map(sorted)
 numbers = (increasing | increasing | st.lists(st.integers(0, 12), max_size=4)).map(page_array)
 
 
-@given(numbers, numbers, numbers, st.lists(st.sampled_from([0, 1, 2, 3, NOT_CACHED])))
+@given(numbers, numbers, numbers, numbers, st.lists(st.sampled_from([*range(6), NOT_CACHED])))
 def test_page_and_slot_numbers_are_judged_as_the_slow_reference_judges_them(
-    zero: Pages, ref: Pages, literal: Pages, slots: list[int]
+    zero: Pages, ref: Pages, delta: Pages, literal: Pages, slots: list[int]
 ) -> None:
-    slots = (slots + [0] * 8)[:8]
+    slots = (slots + [0] * 12)[:12]
     batch = PageBatch(
         0,
         zero_pages=zero,
         same_count=1,
         ref_pages=ref,
-        ref_slots=page_array([slot % 5 for slot in slots[: len(ref)]]),
+        ref_slots=page_array([slot % 7 for slot in slots[: len(ref)]]),
+        delta_pages=delta,
+        delta_bases=page_array(slots[8 : 8 + len(delta)]),
+        delta_encoded=bytes(len(delta) * PAGE_SIZE),
         literal_pages=literal,
         literal_slots=page_array(slots[4 : 4 + len(literal)]),
         encoded=bytes(len(literal) * PAGE_SIZE),
     )
     header, payload = encode_pages(batch)
-    legal = slow_is_legal(batch, (10,), 3)
+    legal = slow_is_legal(batch, (10,), 5)
     try:
-        got = decode_pages("here", header, b"".join(payload), RamShape((10,)), 3)
+        got = decode_pages("here", header, b"".join(payload), RamShape((10,)), SlotSpace(5))
     except MessageError:
         assert not legal
     else:
@@ -210,10 +217,12 @@ def test_referenced_pages_and_slots_at_their_bounds(
             decode(header)
 
 
-@pytest.mark.parametrize("classes", [("zero", "ref"), ("zero", "literal"), ("ref", "literal")])
-@pytest.mark.parametrize("page", [0, 4, 9])
+@pytest.mark.parametrize(
+    "classes", list(itertools.combinations(("zero", "ref", "delta", "literal"), 2))
+)
+@pytest.mark.parametrize("page", [0, 4, 10])
 def test_a_page_in_two_classes_is_refused(classes: tuple[str, str], page: int) -> None:
-    pages = {"zero": [1, 5], "ref": [2, 6], "literal": [3, 7]}
+    pages = {"zero": [1, 5], "ref": [2, 6], "literal": [3, 7], "delta": [8, 9]}
     for name in classes:
         pages[name] = sorted([*pages[name], page])
     none = page_array([NOT_CACHED] * len(pages["literal"]))
@@ -222,6 +231,9 @@ def test_a_page_in_two_classes_is_refused(classes: tuple[str, str], page: int) -
         zero_pages=page_array(pages["zero"]),
         ref_pages=page_array(pages["ref"]),
         ref_slots=page_array([0] * len(pages["ref"])),
+        delta_pages=page_array(pages["delta"]),
+        delta_bases=page_array(range(len(pages["delta"]))),
+        delta_encoded=bytes(PAGE_SIZE * len(pages["delta"])),
         literal_pages=page_array(pages["literal"]),
         literal_slots=none,
         encoded=bytes(PAGE_SIZE * len(none)),
@@ -246,8 +258,9 @@ def test_several_buffers_in_a_row_make_one_payload() -> None:
 
 def field(header: bytes, **values: int) -> bytes:
     names = (
-        *("block", "codec", "reserved", "zero", "ref"),
-        *("delta", "literal", "page_runs", "slot_runs", "same", "raw_len", "enc_len"),
+        *("block", "codec", "delta_codec", "zero", "ref", "delta", "literal"),
+        *("ref_runs", "ref_slot_runs", "delta_runs", "base_runs", "page_runs", "slot_runs"),
+        *("same", "enc_len", "delta_len"),
     )
     fields = dict(zip(names, BATCH_HEADER.unpack_from(header), strict=True)) | values
     return BATCH_HEADER.pack(*fields.values()) + header[BATCH_HEADER.size :]
@@ -261,8 +274,15 @@ def field(header: bytes, **values: int) -> bytes:
         {"codec": 0},
         {"codec": 2},
         {"codec": 4},
-        {"reserved": 1},
+        {"delta_codec": 0},
+        {"delta_codec": 2},
         {"delta": 1},
+        {"delta": 1, "delta_len": 1},
+        {"delta_len": 1},
+        {"delta_runs": 1},
+        {"base_runs": 65535},
+        {"ref_runs": 1},
+        {"ref_slot_runs": 1},
         {"zero": 1},
         {"zero": MAX_ZERO_RUNS + 1},
         {"ref": 1},
@@ -274,11 +294,11 @@ def field(header: bytes, **values: int) -> bytes:
         {"slot_runs": 1},
         {"slot_runs": 65535},
         {"same": MAX_SAME_PAGES + 1},
-        {"raw_len": 0},
-        {"raw_len": 2 * PAGE_SIZE - 1},
         {"enc_len": 2 * PAGE_SIZE + 1},
         {"enc_len": 0},
-        {"raw_len": 1 << 31, "enc_len": 1 << 31},
+        {"enc_len": 0, "delta_len": 2 * PAGE_SIZE},
+        {"enc_len": PAGE_SIZE, "delta_len": PAGE_SIZE},
+        {"enc_len": (1 << 32) - 1, "delta_len": 2 * PAGE_SIZE + 1},
     ],
 )
 def test_each_tampered_field_is_refused(values: dict[str, int]) -> None:
@@ -310,11 +330,11 @@ def test_a_mutated_header_gives_a_legal_batch_or_a_message_error(data: st.DataOb
     except MessageError:
         return
     assert slow_is_legal(got, SHAPE_PAGES, CACHE_SLOTS)
-    assert len(got.ref_pages) + len(got.literal_pages) <= MAX_BATCH_PAGES
+    assert got.content_count <= MAX_BATCH_PAGES
 
 
 def zero_header(*runs: tuple[int, int], block: int = 2) -> bytes:
-    fixed = BATCH_HEADER.pack(block, 1, 0, len(runs), 0, 0, 0, 0, 0, 0, 0, 0)
+    fixed = BATCH_HEADER.pack(block, 1, 1, len(runs), *[0] * 12)
     return fixed + b"".join(struct.pack("<II", *run) for run in runs)
 
 
@@ -363,7 +383,7 @@ def test_runs_of_literal_pages_and_slots_at_their_bounds(
 ) -> None:
     payload = bytes(6 * PAGE_SIZE)
     counts = (len(page_runs), len(slot_runs))
-    fixed = BATCH_HEADER.pack(0, 1, 0, 0, 0, 0, 6, *counts, 0, len(payload), len(payload))
+    fixed = BATCH_HEADER.pack(0, 1, 1, 0, 0, 0, 6, 0, 0, 0, 0, *counts, 0, len(payload), 0)
     header = fixed + b"".join(struct.pack("<II", *run) for run in [*page_runs, *slot_runs])
     if legal:
         got = decode(header, payload)
@@ -383,7 +403,7 @@ def test_zero_runs_may_touch_and_reach_the_end_of_the_block() -> None:
 def test_the_largest_block_can_be_addressed_to_its_last_page() -> None:
     last = page_array([0xFFFF_FFFF])
     header, payload = encode_pages(PageBatch(0, zero_pages=last))
-    got = decode_pages("here", header, b"".join(payload), RamShape((1 << 32,)), 0)
+    got = decode_pages("here", header, b"".join(payload), RamShape((1 << 32,)), SlotSpace())
     assert got.zero_pages.tolist() == last.tolist()
 
 
@@ -411,6 +431,15 @@ def test_a_batch_without_any_page_is_refused() -> None:
             encoded=bytes(4096),
         ),
         PageBatch(0, ref_pages=page_array(range(257)), ref_slots=page_array(range(257))),
+        PageBatch(0, delta_pages=page_array([1]), delta_bases=page_array([1])),
+        PageBatch(0, delta_pages=page_array([1, 2]), delta_bases=page_array([1])),
+        PageBatch(0, same_count=1, delta_encoded=b"x"),
+        PageBatch(
+            0,
+            delta_pages=page_array([1]),
+            delta_codec_id=2,
+            delta_encoded=bytes(4096),
+        ),
         PageBatch(0, zero_pages=page_array(range(MAX_ZERO_PAGES + 1))),
         PageBatch(0, zero_pages=page_array(range(0, 2 * MAX_ZERO_RUNS + 1, 2))),
     ],
@@ -446,7 +475,9 @@ def test_zero_pages_are_split_so_that_every_piece_fits(
     shape = RamShape((200_000,))
     for piece in pieces:
         header, _ = encode_pages(PageBatch(0, zero_pages=piece))
-        assert len(decode_pages("here", header, b"", shape, 0).zero_pages) == len(piece)
+        assert len(decode_pages("here", header, b"", shape, SlotSpace()).zero_pages) == len(
+            piece
+        )
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])

@@ -21,7 +21,14 @@ from proto.codecs import CodecId, make_codec
 from proto.errors import CodecError
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
 from proto.limits import FRAME_HEADER_BYTES
-from proto.link.pages import PageBatch, RamShape, bytes_by_class, decode_pages, encode_pages
+from proto.link.pages import (
+    PageBatch,
+    RamShape,
+    SlotSpace,
+    bytes_by_class,
+    decode_pages,
+    encode_pages,
+)
 from proto.qemu.ram import page_buffer
 from tests.strategies import page_array
 
@@ -104,7 +111,9 @@ class Migration:
         assert sum(account.values()) == FRAME_HEADER_BYTES + len(header) + len(payload)
         assert batch.page_count == pages.page_count
         shape = RamShape.of(BLOCKS)
-        return decode_pages("batch", header, memoryview(payload), shape, self.cache_slots)
+        return decode_pages(
+            "batch", header, memoryview(payload), shape, SlotSpace(self.cache_slots)
+        )
 
     def load(self, applied: AppliedBatch) -> None:
         if applied.zeros is not None:
