@@ -271,7 +271,8 @@ class LinkConnection:
         elif isinstance(message, Welcome):
             self.welcome = message
             self.commit_kind = CommitKind(message.commit)
-            self.context = Context(self.context.shape, SlotSpace(message.cache_slots))
+            slots = SlotSpace(message.cache_slots, old_pages=message.old_pages)
+            self.context = Context(self.context.shape, slots)
         elif isinstance(message, RamBlockTable):
             landed = self.welcome.landed if self.welcome is not None else ()
             landing = (i for i, block in enumerate(message.blocks) if block.idstr in landed)

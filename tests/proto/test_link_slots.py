@@ -202,10 +202,11 @@ def test_nothing_is_written_to_a_slot_of_landed_ram_or_an_old_copy(slot: int) ->
 def test_the_slot_space_follows_from_the_welcome_and_the_ram_blocks() -> None:
     for landed in ((), ("block2", "block0"), ("other",)):
         pair = Pair()
-        pair.say(Role.SOURCE, HELLO)
+        pair.say(Role.SOURCE, dataclasses.replace(HELLO, vm_id="vm"))
         slots = 0 if landed else CACHE_SLOTS
-        pair.say(Role.DESTINATION, dataclasses.replace(welcome(slots=slots), landed=landed))
+        answer = dataclasses.replace(welcome(slots=slots), landed=landed, old_pages=9)
+        pair.say(Role.DESTINATION, answer)
         pair.say(Role.SOURCE, TABLE)
         indices = {int(name[-1]) for name in landed if name != "other"}
         for end in (pair.src, pair.dst):
-            assert end.context.slots == SlotSpace(slots, landed=frozenset(indices))
+            assert end.context.slots == SlotSpace(slots, frozenset(indices), 9)
