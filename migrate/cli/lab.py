@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from migrate.cli.options import installed_version
 from migrate.errors import ParamsError
-from migrate.lab import inspect
+from migrate.lab import compare_command, inspect
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -37,6 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_arguments(command)
     command.set_defaults(run=inspect.run)
+    command = commands.add_parser(
+        "compare",
+        help=compare_command.SUMMARY,
+        description=compare_command.DESCRIPTION,
+        epilog=compare_command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    compare_command.add_arguments(command)
+    command.set_defaults(run=compare_command.run)
     return parser
 
 

@@ -1,321 +1,179 @@
 """Compare the engine with QEMU's own migration: same guest, same link, runs in turns.
 
-One source guest serves all runs with the same memory setting: a migration leaves it stopped, and
-once the destination is surely dead it may ``cont``. After a failed run it is booted anew. Every
-run gets a new destination QEMU.
+One source guest serves all cells of a QEMU and a guest; each run gets a new destination QEMU. After
+a failed run the guest is booted anew.
 """
 
-import json
 import os
-import platform
-import re
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import trio
 
-from migrate.errors import GuestError, MigrationError
-from migrate.lab.compare_table import WARM_UP, Run
-from migrate.lab.engine import EngineMode, migrate_by_engine
-from migrate.lab.guest_vm import GuestConfig, Workload, running_guest
-from migrate.lab.measured import Endpoint, Measurement, Stopwatch, stopwatch
-from migrate.lab.native import NativeMode, migrate_natively
-from migrate.lab.netns import Namespace, NetnsPair, netns_pair
+from migrate.errors import DeadlineExceededError, MigrationError
+from migrate.lab.compare_plan import UNSHAPED, WARM_UP, Cell, Plan, Step, link_rate
+from migrate.lab.compare_results import DONE, FAILED, NOT_CONVERGED, Results, Run, utc_text
+from migrate.lab.guest_vm import GuestConfig
+from migrate.lab.measured import Endpoint
+from migrate.lab.native import NATIVE_MODES
+from migrate.lab.netns import netns_pair
 from migrate.lab.qemu_binaries import QemuBinary
-from migrate.qemu import queries
-from migrate.qemu.qmp_client import open_qmp
+from migrate.lab.rig import Rig, Way, level_memory
 from migrate.session import most_telling
-from migrate.units import MIB, parse_rate
-
-SCHEMA: Final = 1
-
-NATIVE_MODES: Final = {
-    "plain": NativeMode(),
-    "multifd": NativeMode(multifd_channels=2),
-    "multifd-zstd": NativeMode(multifd_channels=2, multifd_compression="zstd"),
-    # As large as the engine's own page cache by default.
-    "xbzrle": NativeMode(xbzrle_cache_bytes=64 * MIB),
-}
-ENGINE: Final = "engine"
-MODES: Final = (*NATIVE_MODES, ENGINE)
-UNSHAPED: Final = "unshaped"
-MEMORIES: Final = ("lazy", "prealloc")
-
-BOOT_S: Final = 180.0
-AFTERWARDS_S: Final = 30.0
-"""For the guest to show itself at the destination, and later at the source again."""
-
-SETTLE_S: Final = 1.0
-"""The guest runs this long before each migration, so that its heartbeats are even."""
+from migrate.units import KIB
 
 BLAST_S: Final = 1.0
+BOOTS_MAX: Final = 4
+"""Of one guest; when it had to be booted so often its other runs are left out."""
+
+Say = Callable[[str], None]
+
+
+def guest_config(
+    plan: Plan, cell: Cell, content: Path | None, *, is_source: bool = False
+) -> GuestConfig:
+    """Return the machine of either end; the source's memory is always there from the start."""
+    kind = plan.guests[cell.guest]
+    return GuestConfig(
+        ram_kib=kind.ram_kib,
+        machine=f"pc-q35-{cell.qemu}",
+        workload=kind.workload,
+        content=content if kind.workload.device_mib else None,
+        prealloc=is_source or cell.memory == "prealloc",
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One run to be made; ``repeat`` 0 is the warm-up."""
-
-    link: str
-    mode: str
-    repeat: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is compared.
+class Comparison:
+    """Makes the runs of a plan.
 
     Attributes:
-        qemu: Version of both QEMUs: ``7.2`` or ``10.0``.
-        links: Names of links: ``unshaped`` or a rate.
-        memories: ``lazy``, ``prealloc``.
-        modes: Of ``MODES``, in the order in which each repeat runs them.
-        repeats: Runs of each combination.
-        ram_kib: Guest RAM.
-        workload: What the guest does.
-        downtime_limit_ms: Of QEMU and of the engine.
-        timeout_s: Longest time for one migration.
-        engine: Options of the engine.
+        plan: What to do.
+        binaries: QEMUs by version.
+        content: Image of pages of files.
+        results: Takes each run as soon as it ended.
+        say: Tells people.
     """
-
-    qemu: str
-    links: tuple[str, ...]
-    memories: tuple[str, ...]
-    modes: tuple[str, ...]
-    repeats: int
-    ram_kib: int
-    workload: Workload
-    downtime_limit_ms: int
-    timeout_s: float
-    engine: EngineMode = field(default_factory=EngineMode)
-
-    @property
-    def run_count(self) -> int:
-        """Runs in all, warm-ups included."""
-        return len(self.memories) * (1 + len(self.links) * self.repeats * len(self.modes))
-
-    def steps(self) -> Iterator[Step]:
-        """Yield the runs with one memory setting: modes alternate within a repeat.
-
-        The first run pays for host memory that nobody touched before (a virtual machine's host
-        takes a fault for each page), so one is made that does not count.
-        """
-        yield Step(UNSHAPED, self.modes[0], WARM_UP)
-        for link in self.links:
-            for repeat in range(1, self.repeats + 1):
-                for mode in self.modes:
-                    yield Step(link, mode, repeat)
-
-    def config(self, memory: str, binary: QemuBinary) -> GuestConfig:
-        """Return the machine of both ends."""
-        return GuestConfig(
-            ram_kib=self.ram_kib,
-            machine=f"pc-q35-{binary.short_version}",
-            workload=self.workload,
-            prealloc=memory == "prealloc",
-        )
-
-
-class Results:
-    """All that was found out so far.
-
-    Attributes:
-        links_mbit_per_s: What one TCP connection gets through each link.
-        runs: In the order in which they were made.
-    """
-
-    def __init__(self, plan: Plan, machine: dict[str, Any], json_path: Path | None) -> None:
-        self.links_mbit_per_s: dict[str, float] = {}
-        self.runs: list[Run] = []
-        self.machine = machine
-        self._plan = plan
-        self._json_path = json_path
-        self._started_utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-    def add(self, run: Run) -> None:
-        """Take a run, and write the file anew: an interrupted comparison keeps what it has."""
-        self.runs.append(run)
-        if self._json_path is not None:
-            self._json_path.write_text(self.to_json(), encoding="utf-8")
-
-    def to_json(self) -> str:
-        """Return everything as one JSON object."""
-        content = {
-            "schema": SCHEMA,
-            "started_utc": self._started_utc,
-            "machine": self.machine,
-            "plan": asdict(self._plan),
-            "links_mbit_per_s": self.links_mbit_per_s,
-            "runs": [asdict(run) for run in self.runs],
-        }
-        return json.dumps(content, indent=1) + "\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Lab:
-    """The link, the QEMU and the folder that all runs share."""
 
     plan: Plan
-    binary: QemuBinary
-    link: NetnsPair
-    folder: Path
+    binaries: Mapping[str, QemuBinary]
+    content: Path | None
+    results: Results
+    say: Say
+
+    async def run(self) -> None:
+        """Make all runs that are not settled.
+
+        Raises:
+            MigrationError: The lab itself failed: no link, no namespace.
+        """
+        self.results.begin(self.plan)
+        with tempfile.TemporaryDirectory(prefix="migrate-lab-") as folder:
+            async with netns_pair(congestion_control=self.plan.congestion_control) as link:
+                rig = Rig(link, Path(folder))
+                await self._measure_links(rig)
+                for qemu, guest, cells in self.plan.hosts():
+                    steps = [step for cell in cells for step in self.plan.steps(cell)]
+                    await self._serve(rig, qemu, guest, steps)
+
+    async def _measure_links(self, rig: Rig) -> None:
+        for name in dict.fromkeys(cell.link for cell in self.plan.cells):
+            await rig.link.shape(link_rate(name))
+            rate = await rig.link.measure_bytes_per_s(BLAST_S)
+            self.results.links_mbit_per_s[name] = round(rate * 8 / 1e6, 1)
+            self.say(f"link {name}: one TCP connection gets {rate * 8 / 1e6:.0f} Mbit/s")
+
+    async def _serve(self, rig: Rig, qemu: str, guest: str, steps: list[Step]) -> None:
+        """Make all runs of one guest, with as many boots as it takes."""
+        for _ in range(BOOTS_MAX):
+            steps = [step for step in steps if not self._is_over(step)]
+            if not steps:
+                return
+            self.say(f"QEMU {qemu}: booting guest {guest}")
+            try:
+                await self._serve_one_boot(rig, steps)
+            except* (MigrationError, trio.TooSlowError) as group:
+                await trio.lowlevel.checkpoint()  # an interruption is no failure
+                self.say(f"QEMU {qemu}, guest {guest}: {most_telling(group)}")
+        for step in steps:
+            if not self._is_over(step):
+                self._take(self._blank(step, "the guest could not be kept running"))
+
+    def _is_over(self, step: Step) -> bool:
+        limit = self.plan.give_up
+        given_up = limit > 0 and self.results.divergences(step) >= limit
+        return given_up or self.results.is_settled(step)
+
+    async def _serve_one_boot(self, rig: Rig, steps: list[Step]) -> None:
+        config = guest_config(self.plan, steps[0].cell, self.content, is_source=True)
+        binary = self.binaries[steps[0].cell.qemu]
+        async with rig.qemu(config, binary, rig.link.source, incoming=False) as source:
+            # The first migration pays for much that later ones find ready.
+            first = steps[0].cell._replace(link=UNSHAPED)
+            usable = await self._attempt(rig, source, Step(first, self.plan.modes[0], WARM_UP))
+            tried = set[Step]()
+            for step in steps:
+                if usable and step not in tried and not self._is_over(step):
+                    tried.add(step)
+                    usable = await self._attempt(rig, source, step)
+
+    async def _attempt(self, rig: Rig, source: Endpoint, step: Step) -> bool:
+        """Migrate once and take the run; returns whether the source guest runs on."""
+        run, usable = self._blank(step), True
+        await rig.link.shape(link_rate(step.cell.link))
+        await level_memory(self.plan.guests[step.cell.guest].ram_kib * KIB)
+        try:
+            async with self._way(rig, step) as way:
+                figures = await rig.timed(source, way, self.plan.timeout_s)
+            run = replace(run, outcome=DONE, figures=figures, error=None)
+        except* DeadlineExceededError as group:
+            run = replace(run, outcome=NOT_CONVERGED, error=str(most_telling(group)))
+        except* (MigrationError, trio.TooSlowError, OSError) as group:
+            error = most_telling(group)
+            run = replace(run, outcome=FAILED, error=f"{error.code}: {error}")
+        await trio.lowlevel.checkpoint()  # an interruption is no failed run
+        try:
+            await rig.revive(source)
+        except* (MigrationError, trio.TooSlowError):
+            usable = False
+        await trio.lowlevel.checkpoint()
+        self._take(run)
+        return usable
+
+    def _blank(self, step: Step, error: str = "not made") -> Run:
+        load = os.getloadavg()[0]
+        return Run(step.cell, step.mode, step.repeat, FAILED, load, utc_text(), error=error)
+
+    def _take(self, run: Run) -> None:
+        self.results.add(run)
+        done = sum(known.repeat != WARM_UP for known in self.results.runs)
+        self.say(f"[{done}/{self.plan.run_count}] {run_text(run)}")
 
     @asynccontextmanager
-    async def endpoint(
-        self, namespace: Namespace, memory: str, *, incoming: bool
-    ) -> AsyncIterator[Endpoint]:
-        """Run a QEMU in a namespace; unless ``incoming``, until its guest has filled its memory."""
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="") as name:
-            workdir = Path(name)
-            launcher = namespace.write_launcher(workdir / "qemu", self.binary.path)
-            binary = QemuBinary(launcher, self.binary.version)
-            config = self.plan.config(memory, binary)
-            how = "defer" if incoming else None
-            async with (
-                running_guest(config, binary, workdir, incoming=how) as guest,
-                open_qmp(guest.paths.qmp[0]) as monitor,
-            ):
-                if not incoming:
-                    with trio.fail_after(BOOT_S):
-                        await guest.console.wait_ready()
-                yield Endpoint(guest, monitor)
-
-    async def attempt(self, source: Endpoint, step: Step, memory: str) -> tuple[Run, bool]:
-        """Migrate once; also returns whether the source guest runs again, for another run."""
-        await self.link.shape(link_rate(step.link))
-        await trio.sleep(SETTLE_S)
-        run = Run(step.link, memory, step.mode, step.repeat, os.getloadavg()[0])
-        figures, error = None, None
-        try:
-            figures = await self._migrate(source, memory, step.mode)
-            await self._revive(source)
-        except* (MigrationError, trio.TooSlowError) as group:
-            error = most_telling(group)
-        await trio.lowlevel.checkpoint()  # an interruption is no failed run
-        text = None if figures is not None or error is None else f"{error.code}: {error}"
-        return replace(run, figures=figures, error=text), error is None
-
-    async def _migrate(self, source: Endpoint, memory: str, mode: str) -> Measurement:
-        """Migrate to a new destination, measure, and end the destination."""
-        timeout_s = self.plan.timeout_s
-        async with (
-            self.endpoint(self.link.destination, memory, incoming=True) as destination,
-            stopwatch(source, destination, self.link) as watch,
-        ):
-            report = None
-            with trio.move_on_after(timeout_s) as deadline:
-                if mode == ENGINE:
-                    report = await self._by_engine(source, destination, watch)
-                else:
-                    await self._natively(NATIVE_MODES[mode], source, destination)
-            if deadline.cancelled_caught:
-                raise GuestError(f"not finished within {timeout_s:g} s")
-            with trio.fail_after(AFTERWARDS_S):
-                return await watch.finish(report)
-
-    async def _natively(
-        self, mode: NativeMode, source: Endpoint, destination: Endpoint
-    ) -> None:
-        await migrate_natively(
-            mode,
-            source,
-            destination,
-            address=self.link.destination.address,
-            downtime_limit_ms=self.plan.downtime_limit_ms,
-        )
-
-    async def _by_engine(
-        self, source: Endpoint, destination: Endpoint, watch: Stopwatch
-    ) -> dict[str, Any]:
-        return await migrate_by_engine(
-            self.plan.engine,
-            source,
-            destination,
-            link=self.link,
-            watch=watch,
-            workdir=destination.guest.paths.console.parent,
-            downtime_limit_ms=self.plan.downtime_limit_ms,
-        )
-
-    async def _revive(self, source: Endpoint) -> None:
-        """Let the source guest go on; the destination, its only other copy, is dead."""
-        with trio.fail_after(AFTERWARDS_S):
-            await queries.cont(source.monitor)
-            await source.guest.console.wait_heartbeats(1)
-
-
-async def run_plan(
-    plan: Plan, binary: QemuBinary, results: Results, say: Callable[[str], None]
-) -> None:
-    """Make all runs of the plan; each is in ``results`` as soon as it ended.
-
-    Raises:
-        MigrationError: The lab itself failed: no link, no QEMU, a guest that does not boot.
-    """
-    with tempfile.TemporaryDirectory(prefix="migrate-lab-") as folder:
-        async with netns_pair() as link:
-            for name in plan.links:
-                await link.shape(link_rate(name))
-                rate = await link.measure_bytes_per_s(BLAST_S)
-                results.links_mbit_per_s[name] = round(rate * 8 / 1e6, 1)
-                say(f"link {name}: one TCP connection gets {rate * 8 / 1e6:.0f} Mbit/s")
-            lab = Lab(plan, binary, link, Path(folder))
-            for memory in plan.memories:
-                await _run_with_memory(lab, memory, results, say)
-
-
-async def _run_with_memory(
-    lab: Lab, memory: str, results: Results, say: Callable[[str], None]
-) -> None:
-    """One source guest until a run fails or all are done."""
-    steps = list(lab.plan.steps())
-    while steps:
-        say(f"booting the guest ({memory})")
-        async with lab.endpoint(lab.link.source, memory, incoming=False) as source:
-            usable = True
-            while steps and usable:
-                run, usable = await lab.attempt(source, steps.pop(0), memory)
-                results.add(run)
-                say(f"[{len(results.runs)}/{lab.plan.run_count}] {run_text(run)}")
+    async def _way(self, rig: Rig, step: Step) -> AsyncIterator[Way]:
+        config = guest_config(self.plan, step.cell, self.content)
+        binary, limit_ms = self.binaries[step.cell.qemu], self.plan.downtime_limit_ms
+        engine = self.plan.engines.get(step.mode)
+        if engine is not None:
+            opened = rig.engine(engine, config, binary, downtime_limit_ms=limit_ms)
+        else:
+            mode = NATIVE_MODES[step.mode]
+            opened = rig.native(mode, config, binary, downtime_limit_ms=limit_ms)
+        async with opened as way:
+            yield way
 
 
 def run_text(run: Run) -> str:
     """One run as a line for the screen."""
-    name = f"{run.link} {run.memory} {run.mode} #{run.repeat}"
+    name = f"{run.cell} {run.mode} #{run.repeat}"
     if run.figures is None:
-        return f"{name}: FAILED, {run.error}"
+        return f"{name}: {run.outcome.upper()}, {run.error}"
     figures = run.figures
     return (
-        f"{name}: {figures.total_ms / 1e3:.2f} s, downtime {figures.downtime_events_ms:.0f} ms, "
+        f"{name}: {figures.total_ms / 1e3:.2f} s, pause {figures.downtime_events_ms:.0f} ms, "
         f"{figures.sent_bytes / 1e6:.0f} MB, CPU {figures.cpu_s:.1f} s"
     )
-
-
-def link_rate(name: str) -> int | None:
-    """Return a link's rate in bytes per second, ``None`` if it is not limited.
-
-    Raises:
-        ValueError: Neither ``unshaped`` nor a rate.
-    """
-    return None if name == UNSHAPED else parse_rate(name)
-
-
-def machine_facts(binary: QemuBinary) -> dict[str, Any]:
-    """What a reader of the numbers must know of this machine."""
-    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    models = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    control = Path("/proc/sys/net/ipv4/tcp_congestion_control")
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cpus": os.cpu_count(),
-        "ram_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "qemu": ".".join(str(part) for part in binary.version),
-        "accelerator": "tcg",
-        "tcp_congestion_control": control.read_text(encoding="utf-8").strip(),
-    }

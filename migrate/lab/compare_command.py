@@ -1,62 +1,104 @@
-"""The command ``compare``: its options, what it prints, and its exit status."""
+"""``migrate-lab compare``: its options, what it prints, and its exit status."""
 
 import argparse
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import trio
 
 from migrate.errors import MigrationError, ParamsError
-from migrate.lab import guest_image, qemu_binaries
-from migrate.lab.compare import (
-    MEMORIES,
-    MODES,
-    Plan,
-    Results,
-    link_rate,
-    machine_facts,
-    run_plan,
+from migrate.lab import file_content, guest_image, qemu_binaries
+from migrate.lab.compare import Comparison, Say
+from migrate.lab.compare_guests import GUESTS, ODD_KIB, GuestKind
+from migrate.lab.compare_plan import Choice, Plan, engine_modes
+from migrate.lab.compare_results import Results, machine_facts
+from migrate.lab.compare_table import (
+    Table,
+    failures,
+    figures_table,
+    has_failed,
+    machine_lines,
+    memory_table,
+    ratios_table,
 )
-from migrate.lab.compare_table import failures, figures_table, machine_lines, ratios_table
 from migrate.lab.engine import EngineMode
-from migrate.lab.guest_vm import Workload
+from migrate.lab.native import NATIVE_MODES
 from migrate.lab.qemu_binaries import QemuBinary
 from migrate.session import most_telling
 from migrate.units import KIB, MIB, NS_PER_MS, NS_PER_S, parse_duration_ns, parse_size
 
 INTERRUPTED = 130
 
+SUMMARY = "migrate guests natively and through the engine, in turns, and compare"
+DESCRIPTION = """\
+Migrate lab guests natively and through the engine, in turns, from one network
+namespace to another, and print tables: medians and ranges, and the engine
+divided by the best native mode of each cell. A cell is a QEMU version, a guest,
+a link and the kind of the destination's memory. Needs root.
+"""
+EPILOG = "\n".join(
+    [
+        "guests:",
+        *(f"  {name:9} {kind.summary}" for name, kind in GUESTS.items()),
+        "",
+        "Lists are separated by commas. An engine variant is, for example,",
+        "  --engine 'lz4=--compress lz4' --modes plain,engine,lz4",
+        "  --engine 'old@/opt/old/bin=' --modes engine,old",
+        "and options of migrate-dst stand behind ' // '. See docs/performance.md.",
+    ]
+)
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the command line; every option has its unit in its value."""
-    parser = argparse.ArgumentParser(
-        prog="compare",
-        description="Migrate one lab guest natively and through the engine, in turns, from one "
-        "network namespace to another, and compare. Needs root.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options; every one has its unit in its value."""
     add = parser.add_argument
-    add("--qemu", default="7.2", metavar="VERSION", help="both QEMUs: 7.2 or 10.0")
-    add("--links", default="unshaped,1gbit,200mbit", help="unshaped, or rates such as 1gbit")
-    add("--memory", default="lazy", help="lazy, prealloc: RAM of both QEMUs")
-    add("--modes", default="plain,multifd-zstd,engine", help=f"of {','.join(MODES)}")
-    add("--repeats", type=int, default=3, metavar="N", help="runs of each combination")
-    add("--ram", default="1048584KiB", metavar="SIZE", help="guest RAM")
-    add("--static", default="512MiB", metavar="SIZE", help="RAM filled once, half random")
-    add("--working-set", default="16MiB", metavar="SIZE", help="RAM that the guest rewrites")
-    add("--dirty-rate", type=int, default=0, metavar="PAGES", help="page writes per second")
+    add("--qemu", default="7.2", metavar="LIST", help="7.2, 10.0 (default: 7.2)")
+    add("--guests", default="idle,hot,rewrite,random", metavar="LIST", help="see below")
+    add(
+        "--links",
+        default="200mbit,1gbit,10gbit,unshaped",
+        metavar="LIST",
+        help="rates, unshaped",
+    )
+    add(
+        "--memory", default="prealloc", metavar="LIST", help="the destination's: prealloc, lazy"
+    )
+    add("--modes", default=",".join([*NATIVE_MODES, "engine"]), metavar="LIST",
+        help=f"{', '.join(NATIVE_MODES)}, engine, or variants of it")  # fmt: skip
+    add(
+        "--cells",
+        default="*",
+        metavar="LIST",
+        help="only these: QEMU/GUEST/LINK/MEMORY, with *",
+    )
+    add("--repeats", type=int, default=3, metavar="N", help="runs of each mode (default: 3)")
+    add("--engine", action="append", default=[], metavar="NAME[@FOLDER]=OPTIONS",
+        help="another way to call the engine, or one installed elsewhere")  # fmt: skip
+    add(
+        "--engine-options",
+        default="",
+        metavar="WORDS",
+        help="migrate-src's, for all engine runs",
+    )
+    add("--dst-options", default="", metavar="WORDS", help="migrate-dst's, likewise")
+    add("--attach", action="store_true", help="migrate-dst gets a running QEMU, starts none")
     add("--downtime-limit", default="300ms", metavar="TIME", help="of QEMU and of the engine")
-    add("--timeout", default="300s", metavar="TIME", help="longest time for one migration")
-    add("--src-options", default="", metavar="WORDS", help="more options of migrate-src")
-    add("--dst-options", default="", metavar="WORDS", help="more options of migrate-dst")
+    add("--timeout", default="120s", metavar="TIME", help="after that it did not converge")
+    add("--give-up", type=int, default=0, metavar="N",
+        help="leave out a mode's repeats after N that did not converge (0: never)")  # fmt: skip
+    add("--congestion-control", default="cubic", metavar="NAME", help="TCP's, or 'default'")
+    add("--ram", metavar="SIZE", help="guest RAM instead of what the guest has")
+    add("--content", metavar="SIZE", help="likewise its memory that does not change")
+    add("--working-set", metavar="SIZE", help="likewise the memory that it writes")
     add("--json", type=Path, metavar="FILE", help="write raw runs and machine facts")
+    add("--resume", action="store_true", help="go on with the FILE of --json, keep its runs")
+    add("--show", action="store_true", help="only print the tables of the FILE of --json")
     add("--markdown", action="store_true", help="print the tables in Markdown")
-    return parser
 
 
 def plan_from(options: argparse.Namespace) -> Plan:
@@ -65,42 +107,56 @@ def plan_from(options: argparse.Namespace) -> Plan:
     Raises:
         ValueError: A value that cannot be.
     """
-    workload = Workload(
-        static_mib=parse_size(options.static) // MIB,
-        half=100,
-        random=0,
-        text=0,
-        zero=0,
-        file=0,
-        wws_mib=parse_size(options.working_set) // MIB,
-        rate_pages_per_s=options.dirty_rate,
-        check_pages_per_s=0,
+    common = EngineMode(
+        tuple(shlex.split(options.engine_options)),
+        tuple(shlex.split(options.dst_options)),
+        attach=options.attach,
     )
-    plan = Plan(
-        qemu=options.qemu,
-        links=tuple(options.links.lower().split(",")),
-        memories=tuple(options.memory.split(",")),
-        modes=tuple(options.modes.split(",")),
+    modes = _list(options.modes)
+    cells = Choice(
+        _list(options.qemu),
+        _list(options.guests),
+        _list(options.links.lower()),
+        _list(options.memory),
+        _list(options.cells),
+    ).cells()
+    if options.repeats < 1:
+        raise ValueError(f"expected at least 1 repeat, got {options.repeats}")
+    control = options.congestion_control
+    return Plan(
+        cells=cells,
+        modes=modes,
+        engines=engine_modes(modes, options.engine, common),
         repeats=options.repeats,
-        ram_kib=parse_size(options.ram) // KIB,
-        workload=workload,
+        guests={cell.guest: _resized(GUESTS[cell.guest], options) for cell in cells},
         downtime_limit_ms=parse_duration_ns(options.downtime_limit) // NS_PER_MS,
         timeout_s=parse_duration_ns(options.timeout) / NS_PER_S,
-        engine=EngineMode(
-            tuple(shlex.split(options.src_options)), tuple(shlex.split(options.dst_options))
-        ),
+        give_up=options.give_up,
+        congestion_control=None if control == "default" else control,
     )
-    for link in plan.links:
-        link_rate(link)
-    for kind, chosen, possible in (
-        ("memory", plan.memories, MEMORIES),
-        ("mode", plan.modes, MODES),
-    ):
-        if unknown := set(chosen) - set(possible):
-            raise ValueError(f"expected {kind} of {', '.join(possible)}, got {min(unknown)!r}")
-    if plan.repeats < 1:
-        raise ValueError(f"expected at least 1 repeat, got {plan.repeats}")
-    return plan
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def _resized(kind: GuestKind, options: argparse.Namespace) -> GuestKind:
+    workload = kind.workload
+    if options.content is not None:
+        mib = parse_size(options.content) // MIB
+        workload = (
+            replace(workload, device_mib=mib)
+            if workload.device_mib
+            else replace(workload, static_mib=mib)
+        )
+    if options.working_set is not None and workload.wws_mib:
+        workload = replace(workload, wws_mib=parse_size(options.working_set) // MIB)
+    ram_kib = kind.ram_kib
+    if options.ram is not None:
+        ram_kib = parse_size(options.ram) // KIB
+        if ram_kib % 256 == 0:  # see ODD_KIB
+            ram_kib += ODD_KIB
+    return replace(kind, workload=workload, ram_kib=ram_kib)
 
 
 def find_qemu(version: str) -> QemuBinary:
@@ -120,21 +176,26 @@ def find_qemu(version: str) -> QemuBinary:
 
 
 def print_tables(results: Results, *, markdown: bool) -> None:
-    """Print medians, ranges, ratios and failures on stdout."""
-    for table in (figures_table(results.runs), ratios_table(results.runs)):
+    """Print medians, ranges, ratios, memory and what did not arrive, on stdout."""
+    modes = dict.fromkeys(run.mode for run in results.runs)
+    engines = [mode for mode in modes if mode not in NATIVE_MODES]
+    tables: list[Table] = [
+        figures_table(results.runs),
+        ratios_table(results.runs, engines),
+        memory_table(results.runs),
+    ]
+    for table in tables:
         if table.rows:
             print(table.markdown() if markdown else table.text(), end="\n\n")
     for line in failures(results.runs):
-        print(f"failed: {line}")
+        print(f"- {line}")
     facts = "; ".join(machine_lines(results.machine))
     speeds = ", ".join(f"{name} {mbit:.0f}" for name, mbit in results.links_mbit_per_s.items())
     print(f"{facts}; one TCP connection gets, in Mbit/s: {speeds}")
 
 
-async def _run_until_signal(
-    plan: Plan, binary: QemuBinary, results: Results, say: Callable[[str], None]
-) -> bool:
-    """Run the plan; ``False`` if a signal ended it, with everything cleaned up."""
+async def run_until_signal(work: Callable[[], Awaitable[None]], say: Say) -> bool:
+    """Await ``work``; ``False`` if a signal ended it, with everything cleaned up."""
     finished = False
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
@@ -145,34 +206,51 @@ async def _run_until_signal(
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(cancel_on_signal)
-            await run_plan(plan, binary, results, say)
+            await work()
             finished = True
             nursery.cancel_scope.cancel()
     return finished
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``compare``; 0 when every run succeeded, 1 when some failed, 130 after a signal."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
+def run(options: argparse.Namespace) -> int:
+    """Compare; 0 when no run failed, 1 when some did, 130 after a signal, else an error's code."""
+    try:
+        if options.json is None and (options.resume or options.show):
+            raise ParamsError("--resume and --show need --json FILE")
+        if options.show:
+            print_tables(Results.load(options.json), markdown=options.markdown)
+            return 0
+        return _compare(options)
+    except ValueError as error:
+        print(f"migrate-lab compare: {error}", file=sys.stderr)
+        return ParamsError.exit_code
+    except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
+        told = most_telling(raised)
+        print(f"migrate-lab compare: {told}", file=sys.stderr)
+        return told.exit_code
+
+
+def _compare(options: argparse.Namespace) -> int:
     started_s = time.monotonic()
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - started_s:7.1f} s  {line}", file=sys.stderr, flush=True)
 
-    try:
-        plan = plan_from(options)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        binary = find_qemu(plan.qemu)
-        guest_image.build()
-        results = Results(plan, machine_facts(binary), options.json)
-        finished = trio.run(_run_until_signal, plan, binary, results, say)
-    except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
-        told = most_telling(raised)
-        parser.exit(told.exit_code, f"compare: {told}\n")
+    plan = plan_from(options)
+    binaries = {
+        version: find_qemu(version) for version in dict.fromkeys(c.qemu for c in plan.cells)
+    }
+    guest_image.build()
+    mib = max(kind.workload.device_mib for kind in plan.guests.values())
+    content = file_content.build(mib) if mib else None
+    facts = machine_facts(binaries, None if content is None else content.xxh3)
+    if options.resume and options.json.exists():
+        results = Results.load(options.json)
+    else:
+        results = Results(facts, options.json)
+    work = Comparison(plan, binaries, None if content is None else content.path, results, say)
+    finished = trio.run(run_until_signal, work.run, say)
     print_tables(results, markdown=options.markdown)
     if not finished:
         return INTERRUPTED
-    return 1 if failures(results.runs) else 0
+    return 1 if has_failed(results.runs) else 0

@@ -89,10 +89,17 @@ class DiskReport:
 
 @dataclass(frozen=True, slots=True)
 class DirtyReport:
-    """Totals of the working set: page writes done, and dropped as the guest got no CPU."""
+    """Totals of the working set.
+
+    Attributes:
+        written: Page writes done.
+        dropped: Page writes left out, as they came too late: the guest got no CPU.
+        host_ns: Host time at which the line arrived.
+    """
 
     written: int
     dropped: int
+    host_ns: int
 
 
 class ConsoleLog:
@@ -100,20 +107,22 @@ class ConsoleLog:
 
     Attributes:
         ready: Whether the guest finished its set-up *on this console*.
+        ready_words: What it then said of its parameters, ``NAME=VALUE`` each.
         checks: Finished self-check passes, in order.
         bad: Lines that report damage (``CHECK … BAD``, ``FATAL``, ``DISKERROR`` …), as text.
         disk: Latest disk totals.
-        dirty: Latest working-set totals.
+        dirty: Working-set totals, in order (ten a second).
         other_lines: The last lines that are none of these, as text, e.g. cut lines.
         closed: Whether the console ended.
     """
 
     def __init__(self) -> None:
         self.ready = False
+        self.ready_words: tuple[str, ...] = ()
         self.checks: list[CheckResult] = []
         self.bad: list[str] = []
         self.disk: DiskReport | None = None
-        self.dirty: DirtyReport | None = None
+        self.dirty: list[DirtyReport] = []
         self.other_lines: list[str] = []
         self.closed = False
         self._columns = tuple(array("q") for _ in range(4))
@@ -191,9 +200,10 @@ class ConsoleLog:
         elif line.startswith(b"DISK ") and (totals := _numbers(line, 3)):
             self.disk = DiskReport(*totals)
         elif line.startswith(b"DIRTY ") and (totals := _numbers(line, 2)):
-            self.dirty = DirtyReport(*totals)
+            self.dirty.append(DirtyReport(totals[0], totals[1], host_ns))
         elif line.startswith(b"READY"):
             self.ready = True
+            self.ready_words = tuple(line.decode(errors="replace").split()[1:])
         elif line.startswith(FAULT_PREFIXES):
             self.bad.append(line.decode(errors="replace"))
         else:

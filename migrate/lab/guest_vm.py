@@ -45,6 +45,7 @@ class Workload:
         file: Share of pages with bytes of real files.
         half: Share of pages that are half random, half text.
         duplicate: Share of pages that each equal many others.
+        device_mib: More memory, filled once with the content of ``GuestConfig.content``.
         wws_mib: Writable working set.
         rate_pages_per_s: Page writes per second in it.
         touch_bytes: Bytes per page write; a multiple of 8 that divides 4096.
@@ -65,6 +66,7 @@ class Workload:
     file: int = 20
     half: int = 0
     duplicate: int = 0
+    device_mib: int = 0
     wws_mib: int = 8
     rate_pages_per_s: int = 500
     touch_bytes: int = 64
@@ -87,6 +89,9 @@ class Workload:
             "file": self.file,
             "half": self.half,
             "duplicate": self.duplicate,
+            "device_mib": self.device_mib,
+            # By their addresses the writable disk comes first.
+            "device": "/dev/vdb" if disk else "/dev/vda",
             "wws_mib": self.wws_mib,
             "rate": self.rate_pages_per_s,
             "touch": self.touch_bytes,
@@ -115,6 +120,7 @@ class GuestConfig:
         machine: QEMU machine type; one that both ends know.
         workload: What runs in the guest.
         disk: Raw image for ``/dev/vda``, shared by both ends; ``None``: no disk.
+        content: Image that the guest reads ``Workload.device_mib`` from, shared by both ends.
         netdev: QEMU network backend without its id, e.g.
             ``tap,ifname=tap0,script=no,downscript=no``; ``None``: connected to nothing.
         prealloc: Take RAM from a backend that is allocated at start.
@@ -129,6 +135,7 @@ class GuestConfig:
     machine: str = "pc-q35-7.2"
     workload: Workload = field(default_factory=Workload)
     disk: Path | None = None
+    content: Path | None = None
     netdev: str | None = None
     prealloc: bool = False
     smp: int = 1
@@ -243,10 +250,16 @@ def _devices(config: GuestConfig, console_path: Path) -> list[str]:
     args += ["-object", "rng-random,id=rng0,filename=/dev/urandom"]
     args += ["-device", "virtio-rng-pci,rng=rng0,addr=0x6"]
     if config.disk is not None:
-        args += ["-blockdev", f"driver=file,node-name=disk0-file,filename={config.disk}"]
-        args += ["-blockdev", "driver=raw,node-name=disk0,file=disk0-file"]
-        args += ["-device", "virtio-blk-pci,drive=disk0,addr=0x3"]
+        args += _disk("disk0", config.disk, "addr=0x3", "")
+    if config.content is not None:
+        args += _disk("content", config.content, "addr=0x7", ",read-only=on")
     return args
+
+
+def _disk(name: str, path: Path, address: str, mode: str) -> list[str]:
+    args = ["-blockdev", f"driver=file,node-name={name}-file,filename={path}{mode}"]
+    args += ["-blockdev", f"driver=raw,node-name={name},file={name}-file{mode}"]
+    return [*args, "-device", f"virtio-blk-pci,drive={name},{address}"]
 
 
 @contextlib.asynccontextmanager

@@ -6,7 +6,6 @@ counters of the link's interfaces, ``/proc``, and the host's clock at both conso
 """
 
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,9 +17,9 @@ import numpy as np
 import trio
 
 from migrate.errors import GuestError, GuestOn, QmpInterruptedError
-from migrate.lab.console import Heartbeats, join_heartbeats, migration_gap_ns
-from migrate.lab.guest_vm import Guest
+from migrate.lab.console import ConsoleLog, Heartbeats, join_heartbeats, migration_gap_ns
 from migrate.lab.netns import NetnsPair
+from migrate.lab.processes import MemoryPeak, Side
 from migrate.qemu import queries
 from migrate.qemu.qmp_client import EventListener, QmpClient
 from migrate.report.report import Service, ServiceFigures
@@ -32,15 +31,21 @@ HEARTBEATS_AFTER: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A lab guest's QEMU and our monitor of it; the second monitor is the engine's."""
+    """A QEMU with a lab guest in it, or about to be.
 
-    guest: Guest
+    Attributes:
+        pid: QEMU's process.
+        console: Its console, read all the time by a task.
+        monitor: Ours.
+        engine_qmp: Socket of a second monitor, which we leave to the engine.
+        workdir: Folder for files of this one QEMU and its command.
+    """
+
+    pid: int
+    console: ConsoleLog
     monitor: QmpClient
-
-    @property
-    def engine_qmp(self) -> Path:
-        """The monitor's socket that we leave free."""
-        return self.guest.paths.qmp[1]
+    engine_qmp: Path
+    workdir: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,13 @@ class Measurement:
         cpu_s: CPU time of both QEMUs (the guest's own work in them) and of the engine, from
             ``migrate`` to RESUME.
         start_cpu_s: CPU time the engine's processes had used when they said ``migrate``.
+        peak_bytes: Most memory that all processes had at one time; what a QEMU shares with its
+            command counts once.
+        source_peak_bytes: Most memory that migrate-src had of its own, 0 natively.
+        destination_peak_bytes: Likewise migrate-dst.
+        data_pages: Pages that the source QEMU sent with content, repetitions included.
+        writes_before_per_s: Page writes of the guest in the second before.
+        writes_per_s: Page writes of the guest from ``migrate`` on, the pause not counted.
         report: The engine's own report, ``None`` natively.
         service: What the heartbeats say of the guest's progress, see ``heartbeat_service``.
     """
@@ -72,6 +84,12 @@ class Measurement:
     returned_bytes: int
     cpu_s: float
     start_cpu_s: float
+    peak_bytes: int = 0
+    source_peak_bytes: int = 0
+    destination_peak_bytes: int = 0
+    data_pages: int | None = None
+    writes_before_per_s: float | None = None
+    writes_per_s: float | None = None
     report: dict[str, Any] | None = None
     service: Service | None = None
 
@@ -121,22 +139,20 @@ class Stopwatch:
     Attributes:
         resumed: Set when the guest runs at the destination.
         launched_us: When the engine's source process was started, by the event clock.
+        sides: Processes of the source's host and of the destination's.
     """
 
     def __init__(self, source: Endpoint, destination: Endpoint, link: NetnsPair) -> None:
         self.resumed = trio.Event()
         self.launched_us: int | None = None
+        self.sides = (Side(source.pid), Side(destination.pid))
+        self._memory = MemoryPeak(self.sides)
         self._source = source
         self._destination = destination
         self._link = link
-        self._engine_pids: list[int] = []
         self._bytes_before = (0, 0)
         self._started_us = self._stopped_us = self._resumed_us = 0
         self._cpu_before_s = self._cpu_after_s = self._start_cpu_s = 0.0
-
-    def count_process(self, pid: int) -> None:
-        """Let a process of the engine count for the CPU time."""
-        self._engine_pids.append(pid)
 
     async def read_counters(self) -> tuple[int, int]:
         """Return the bytes sent so far by the source's and the destination's end of the link."""
@@ -155,7 +171,7 @@ class Stopwatch:
                     self._stopped_us = event.timestamp_us or 0
                 elif event.data.get("status") == "setup":
                     self._started_us = event.timestamp_us or 0
-                    self._start_cpu_s = self._engine_cpu_s()
+                    self._start_cpu_s = sum(side.command_cpu_s() for side in self.sides)
                     self._cpu_before_s = self._cpu_s()
 
     async def follow_destination(self, events: EventListener) -> None:
@@ -166,16 +182,20 @@ class Stopwatch:
             self._cpu_after_s = self._cpu_s()
             self.resumed.set()
 
+    async def follow_memory(self) -> None:
+        """Look at the memory of all processes, until cancelled."""
+        await self._memory.follow()
+
     async def finish(self, report: dict[str, Any] | None) -> Measurement:
         """Wait until the guest lives at the destination, and add up. The caller sets a deadline.
 
         Raises:
-            GuestError: A figure is missing, or the heartbeats are not those of one running guest.
+            GuestError: A figure is missing, the heartbeats are not those of one running guest, or
+                the guest found damage in its memory.
         """
         await self.resumed.wait()
-        destination_console = self._destination.guest.console
-        await destination_console.wait_heartbeats(HEARTBEATS_AFTER)
-        gap_ns = migration_gap_ns(self._source.guest.console, destination_console)
+        await self._wait_alive()
+        gap_ns = migration_gap_ns(self._source.console, self._destination.console)
         status = await queries.query_migrate_settled(self._source.monitor)
         if not 0 < self._started_us <= self._stopped_us <= self._resumed_us:
             raise GuestError(
@@ -185,6 +205,7 @@ class Stopwatch:
             )
         after = await self.read_counters()
         launched_us = self.launched_us or self._started_us
+        writes_before_per_s, writes_per_s = self._writes()
         return Measurement(
             total_ms=(self._resumed_us - self._started_us) / 1e3,
             wall_ms=(self._resumed_us - launched_us) / 1e3,
@@ -195,27 +216,61 @@ class Stopwatch:
             returned_bytes=after[1] - self._bytes_before[1],
             cpu_s=self._cpu_after_s - self._cpu_before_s,
             start_cpu_s=self._start_cpu_s,
+            peak_bytes=self._memory.bytes,
+            source_peak_bytes=self.sides[0].command_peak,
+            destination_peak_bytes=self.sides[1].command_peak,
+            data_pages=None if status.ram is None else status.ram.normal_pages,
+            writes_before_per_s=writes_before_per_s,
+            writes_per_s=writes_per_s,
             report=report,
             service=self._service(),
         )
 
-    def _service(self) -> Service:
+    async def _wait_alive(self) -> None:
+        console = self._destination.console
+        await console.wait_heartbeats(HEARTBEATS_AFTER)
+        if self._source.console.dirty:
+            await console.wait_until(lambda log: len(log.dirty) > 0, "page writes")
+        if damage := [*self._source.console.bad, *console.bad]:
+            raise GuestError(f"the guest says: {damage[0]}", guest_on=GuestOn.DESTINATION)
+
+    def _writes(self) -> tuple[float | None, float | None]:
+        """Page writes per second before and during the migration; ``None`` where none are told."""
+        reports = self._source.console.dirty
+        started_ns, stopped_ns, resumed_ns = self._moments_ns()
+        last = [report for report in reports if report.host_ns <= started_ns]
+        if not last or not self._destination.console.dirty:
+            return None, None
+        first = next(
+            report for report in last if report.host_ns > last[-1].host_ns - 2 * NS_PER_S
+        )
+        arrived = self._destination.console.dirty[0]
+        before_ns = last[-1].host_ns - first.host_ns
+        during_ns = arrived.host_ns - last[-1].host_ns - (resumed_ns - stopped_ns)
+        return (
+            (last[-1].written - first.written) * NS_PER_S / before_ns if before_ns else None,
+            (arrived.written - last[-1].written) * NS_PER_S / during_ns,
+        )
+
+    def _moments_ns(self) -> tuple[int, int, int]:
+        """``migrate``, stop and resume by the clock of the consoles."""
         # Events are stamped by the realtime clock, heartbeats by the monotonic one.
         ahead_ns = time.time_ns() - time.monotonic_ns()
-        consoles = self._source.guest.console, self._destination.guest.console
+        moments_us = self._started_us, self._stopped_us, self._resumed_us
+        started_ns, stopped_ns, resumed_ns = (us * 1000 - ahead_ns for us in moments_us)
+        return started_ns, stopped_ns, resumed_ns
+
+    def _service(self) -> Service:
+        started_ns, stopped_ns, resumed_ns = self._moments_ns()
         return heartbeat_service(
-            join_heartbeats(*consoles),
-            started_ns=self._started_us * 1000 - ahead_ns,
-            stopped_ns=self._stopped_us * 1000 - ahead_ns,
-            resumed_ns=self._resumed_us * 1000 - ahead_ns,
+            join_heartbeats(self._source.console, self._destination.console),
+            started_ns=started_ns,
+            stopped_ns=stopped_ns,
+            resumed_ns=resumed_ns,
         )
 
     def _cpu_s(self) -> float:
-        qemus = self._source.guest.cpu_seconds() + self._destination.guest.cpu_seconds()
-        return qemus + self._engine_cpu_s()
-
-    def _engine_cpu_s(self) -> float:
-        return sum(process_cpu_s(pid) for pid in self._engine_pids)
+        return sum(side.cpu_s() for side in self.sides)
 
 
 @asynccontextmanager
@@ -232,15 +287,6 @@ async def stopwatch(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch.follow_source, at_source)
             nursery.start_soon(watch.follow_destination, at_destination)
+            nursery.start_soon(watch.follow_memory)
             yield watch
             nursery.cancel_scope.cancel()
-
-
-def process_cpu_s(pid: int) -> float:
-    """Return the CPU time that a process used (user and system, all threads); 0 if it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    user_ticks, system_ticks = stat.rpartition(")")[2].split()[11:13]
-    return (int(user_ticks) + int(system_ticks)) / os.sysconf("SC_CLK_TCK")

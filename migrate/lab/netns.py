@@ -25,13 +25,14 @@ from migrate.errors import GuestError, GuestOn, ParamsError
 CLONE_NEWNET: Final = 0x40000000
 NAMESPACE_FILES: Final = Path("/run/netns")
 NAME: Final = re.compile(r"migrate-lab-(\d+)-(?:src|dst)")
+NETWORK: Final = "10.77.1.0"
 PREFIX_LENGTH: Final = 24
 
 SMALLEST_BURST_BYTES: Final = 256 << 10
 """Four of TCP's largest segments (64 KiB): a smaller bucket makes tbf cut every one of them up."""
 
-BURST_S: Final = 0.001
-"""A bucket of 1 ms at full rate, so that a late timer does not cost throughput at 10 Gbit/s."""
+BURST_S: Final = 0.002
+"""A bucket of 2 ms at full rate, so that a late timer does not cost throughput at 10 Gbit/s."""
 
 QUEUE_S: Final = 0.02
 """Time the queue before the bucket may hold back a packet: a switch with little buffer."""
@@ -162,10 +163,14 @@ async def _count(sock: trio.socket.SocketType, received: list[int]) -> None:
 
 
 @asynccontextmanager
-async def netns_pair() -> AsyncIterator[NetnsPair]:
+async def netns_pair(*, congestion_control: str | None = None) -> AsyncIterator[NetnsPair]:
     """Make the two namespaces and the link; remove them on every way out.
 
     What a killed run left behind is removed first.
+
+    Args:
+        congestion_control: TCP's on this link, whatever the machine's default is. It matters:
+            ``bbr`` paces, and gets a third of what ``cubic`` does through an unlimited link.
 
     Raises:
         ParamsError: Not root, or a tool is missing.
@@ -183,7 +188,7 @@ async def netns_pair() -> AsyncIterator[NetnsPair]:
         Namespace(f"{stem}-dst", "link-dst", "10.77.1.2"),
     )
     try:
-        await _create(pair)
+        await _create(pair, congestion_control)
         yield pair
     finally:
         with trio.CancelScope(shield=True):
@@ -191,7 +196,7 @@ async def netns_pair() -> AsyncIterator[NetnsPair]:
                 await _delete(end.name)
 
 
-async def _create(pair: NetnsPair) -> None:
+async def _create(pair: NetnsPair, congestion_control: str | None) -> None:
     source, destination = pair.source, pair.destination
     for end in (source, destination):
         await _run("ip", "netns", "add", end.name)
@@ -204,6 +209,13 @@ async def _create(pair: NetnsPair) -> None:
         await _run("ip", "-n", end.name, "addr", "add", address, "dev", end.interface)
         await _run("ip", "-n", end.name, "link", "set", "lo", "up")
         await _run("ip", "-n", end.name, "link", "set", end.interface, "up")
+        if congestion_control is not None:
+            # By route: a namespace may only choose its default among what the machine allows to
+            # unprivileged processes.
+            await _run(
+                *("ip", "-n", end.name, "route", "replace", f"{NETWORK}/{PREFIX_LENGTH}"),
+                *("dev", end.interface, "src", end.address, "congctl", congestion_control),
+            )  # fmt: skip
 
 
 async def _delete(name: str) -> None:

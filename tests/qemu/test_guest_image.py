@@ -84,7 +84,7 @@ async def test_the_guest_boots_and_does_all_of_its_work(
                 lambda log: log.disk is not None and log.disk.verified > 0, "verified blocks"
             )
             await guest.console.wait_until(
-                lambda log: log.dirty is not None and log.dirty.written > 0, "page writes"
+                lambda log: len(log.dirty) > 0 and log.dirty[-1].written > 0, "page writes"
             )
         beats = guest.console.heartbeats
     assert check.pages == (BUSY.static_mib + BUSY.wws_mib) * 256
@@ -159,6 +159,39 @@ async def test_one_flipped_byte_of_guest_ram_is_found(
             check = await guest.console.wait_full_check()
     assert check.bad_pages == 1
     assert f"BAD wws page={page} off={where} " in guest.console.bad[0]
+
+
+async def test_content_of_a_device_is_in_guest_ram_once_and_its_damage_is_found(
+    tmp_path: Path, image: GuestImage, binaries: dict[str, QemuBinary]
+) -> None:
+    content, ram_path = tmp_path / "content", tmp_path / "ram"
+    pages = np.random.default_rng(4).integers(0, 256, (2 * 256, 4096), np.uint8)
+    content.write_bytes(pages.tobytes())
+    config = GuestConfig(
+        machine="pc-q35-10.0,memory-backend=pc.ram",
+        workload=Workload(
+            static_mib=1, device_mib=2, wws_mib=1, rate_pages_per_s=0, check_pages_per_s=8000
+        ),
+        disk=make_disk(tmp_path / "disk", 8),
+        content=content,
+        extra=(
+            "-object",
+            f"memory-backend-file,id=pc.ram,size=131080K,mem-path={ram_path},share=on",
+        ),
+    )
+    async with running_guest(config, binaries["10.0"], tmp_path, image=image) as guest:
+        with trio.fail_after(60):
+            await guest.console.wait_ready()
+            assert "device_mib=2" in guest.console.ready_words
+            await guest.console.wait_full_check()
+            assert_undamaged(guest)
+            ram = np.fromfile(ram_path, np.uint64)
+            copies = [int((ram == page[:8].view(np.uint64)).sum()) for page in pages[::64]]
+            assert copies == [1] * len(copies)
+            await trio.to_thread.run_sync(flip_bit, ram_path, pages[300].tobytes(), 4095)
+            check = await guest.console.wait_full_check()
+    assert (check.pages, check.bad_pages) == (4 * 256, 1)
+    assert "BAD device page=300" in guest.console.bad[0]
 
 
 async def test_the_guest_echoes_udp(

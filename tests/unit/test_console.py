@@ -7,7 +7,13 @@ import trio
 import trio.testing
 
 from migrate.errors import GuestError
-from migrate.lab.console import ConsoleLog, follow_console, join_heartbeats, migration_gap_ns
+from migrate.lab.console import (
+    ConsoleLog,
+    DirtyReport,
+    follow_console,
+    join_heartbeats,
+    migration_gap_ns,
+)
 
 MS = 1_000_000
 
@@ -62,14 +68,13 @@ def test_check_results_and_bad_pages_are_told_apart() -> None:
     assert log.bad == ["CHECK 2 BAD wws page=17 off=64 writes=9 stale_by=1"]
 
 
-def test_totals_are_the_latest_ones() -> None:
+def test_totals_of_the_disk_are_the_latest_ones_those_of_writes_a_series() -> None:
     log = log_of(
         (1, "DISK 5 4 0"), (2, "DISK 25 24 1"), (3, "DIRTY 500 0"), (4, "DIRTY 990 10")
     )
     assert log.disk is not None
-    assert log.dirty is not None
     assert (log.disk.written, log.disk.verified, log.disk.bad) == (25, 24, 1)
-    assert (log.dirty.written, log.dirty.dropped) == (990, 10)
+    assert log.dirty == [DirtyReport(500, 0, 3 * MS), DirtyReport(990, 10, 4 * MS)]
 
 
 def test_largest_gap_is_that_of_the_chosen_stretch() -> None:

@@ -1,6 +1,6 @@
 /*
- * Static memory and the writable working set, the thread that dirties it, and the thread that
- * checks both.
+ * Static memory, pages read from a device, and the writable working set; the thread that dirties
+ * the latter, and the thread that checks them all.
  *
  * Every page can be regenerated: a static page from its number, a working-set page from its number
  * and its generation (how often it was written). Write g of a page goes to its slot (g - 1) mod
@@ -14,19 +14,21 @@
 #include <sys/sysinfo.h>
 #include <unistd.h>
 
+#include "device_pages.h"
 #include "workload.h"
 
 #define LOCKS 64u
 #define WRITE_TICK_NS 4000000ull
 #define CHECK_TICK_NS 20000000ull
 #define MOST_BACKLOG_NS 250000000ull
+#define DIRTY_LINE_NS 100000000ull /* often: a migration may take less than a second */
 #define BAD_LINES_PER_PASS 16u
 #define OLDEST_AGE 32u
 #define RESERVE_BYTES (6ull << 20) /* for the kernel and our threads */
 
 static const struct params *params;
-static uint64_t *static_words, *wws_words;
-static uint64_t static_pages, wws_pages;
+static uint64_t *static_words, *device_words, *wws_words;
+static uint64_t static_pages, device_pages, wws_pages;
 static uint32_t *generation, *generation_inverse;
 static unsigned slot_words, slots;
 static pthread_mutex_t locks[LOCKS];
@@ -97,8 +99,10 @@ void memory_setup(const struct params *p)
     wws_pages = ((uint64_t)p->wws_mib << 20) / PAGE_BYTES;
     slot_words = (unsigned)p->touch / 8u;
     slots = PAGE_WORDS / slot_words;
-    require_free((static_pages + wws_pages) * PAGE_BYTES);
+    device_pages = ((uint64_t)p->device_mib << 20) / PAGE_BYTES;
+    require_free((static_pages + device_pages + wws_pages) * PAGE_BYTES);
     static_words = allocate(static_pages * PAGE_BYTES);
+    device_words = allocate(device_pages * PAGE_BYTES);
     wws_words = allocate(wws_pages * PAGE_BYTES);
     generation = allocate(wws_pages * sizeof(*generation));
     generation_inverse = allocate(wws_pages * sizeof(*generation_inverse));
@@ -110,6 +114,8 @@ void memory_setup(const struct params *p)
         wws_fill(wws_words + page * PAGE_WORDS, page, 0);
         generation_inverse[page] = ~0u;
     }
+    if (device_pages > 0)
+        device_pages_load(p->device, device_words, device_pages);
 }
 
 static void write_page(uint64_t page)
@@ -147,7 +153,7 @@ static void *dirty_forever(void *unused)
             write_page(page % wws_pages);
             written++;
         }
-        if (now_ns() - last_line >= NS_PER_S) {
+        if (now_ns() - last_line >= DIRTY_LINE_NS) {
             last_line = now_ns();
             say("DIRTY %llu %llu\n", (unsigned long long)written, (unsigned long long)dropped);
         }
@@ -222,9 +228,19 @@ static bool wws_page_ok(uint64_t page, unsigned long pass, bool report)
     return offset < 0 && table_ok;
 }
 
+static bool page_ok(uint64_t page, unsigned long pass, bool report)
+{
+    if (page < static_pages)
+        return static_page_ok(page, pass, report);
+    page -= static_pages;
+    if (page < wws_pages)
+        return wws_page_ok(page, pass, report);
+    return device_page_ok(page - wws_pages, pass, report);
+}
+
 static void *check_forever(void *unused)
 {
-    uint64_t total = static_pages + wws_pages, tick = now_ns();
+    uint64_t total = static_pages + wws_pages + device_pages, tick = now_ns();
     uint64_t per_tick = params->check_rate * CHECK_TICK_NS / NS_PER_S + 1;
 
     (void)unused;
@@ -232,10 +248,7 @@ static void *check_forever(void *unused)
         uint64_t bad = 0;
 
         for (uint64_t i = 0; i < total; i++) {
-            bool report = bad < BAD_LINES_PER_PASS;
-
-            if (!(i < static_pages ? static_page_ok(i, pass, report)
-                                   : wws_page_ok(i - static_pages, pass, report)))
+            if (!page_ok(i, pass, bad < BAD_LINES_PER_PASS))
                 bad++;
             if (i % per_tick == per_tick - 1) {
                 tick += CHECK_TICK_NS;
@@ -257,6 +270,6 @@ void memory_start(void)
 {
     if (params->rate > 0 && wws_pages > 0)
         start_thread(dirty_forever, false);
-    if (params->selfcheck && static_pages + wws_pages > 0)
+    if (params->selfcheck && static_pages + wws_pages + device_pages > 0)
         start_thread(check_forever, false);
 }

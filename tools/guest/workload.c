@@ -110,7 +110,8 @@ static void set_param(struct params *p, const char *name, const char *value)
     const struct { const char *name; unsigned long *field; } numbers[] = {
         {"static_mib", &p->static_mib}, {"random", &p->random}, {"text", &p->text},
         {"zero", &p->zero}, {"file", &p->file}, {"half", &p->half},
-        {"duplicate", &p->duplicate}, {"wws_mib", &p->wws_mib}, {"rate", &p->rate},
+        {"duplicate", &p->duplicate}, {"device_mib", &p->device_mib},
+        {"wws_mib", &p->wws_mib}, {"rate", &p->rate},
         {"touch", &p->touch}, {"hb_hz", &p->hb_hz}, {"check_rate", &p->check_rate},
         {"disk_hz", &p->disk_hz}, {"udp_port", &p->udp_port}, {"seed", &p->seed}};
     const struct { const char *name; bool *field; } switches[] = {
@@ -123,6 +124,8 @@ static void set_param(struct params *p, const char *name, const char *value)
     for (unsigned i = 0; i < sizeof(switches) / sizeof(switches[0]); i++)
         if (strcmp(name, switches[i].name) == 0)
             *switches[i].field = value[0] == '1';
+    if (strcmp(name, "device") == 0)
+        snprintf(p->device, sizeof(p->device), "%s", value);
     if (strcmp(name, "rewrite") == 0)
         p->rewrite = parse_rewrite(value);
 }
@@ -162,8 +165,8 @@ int main(void)
     read_params(&p);
     content_init(p.seed);
     memory_setup(&p);
-    say("READY static_mib=%lu wws_mib=%lu rate=%lu touch=%lu\n", p.static_mib, p.wws_mib, p.rate,
-        p.touch);
+    say("READY static_mib=%lu device_mib=%lu wws_mib=%lu rate=%lu touch=%lu\n", p.static_mib,
+        p.device_mib, p.wws_mib, p.rate, p.touch);
     memory_start();
     services_start(&p);
     for (;;)

@@ -13,6 +13,8 @@
 struct params {
     unsigned long static_mib; /* memory that never changes after READY */
     unsigned long random, text, zero, file, half, duplicate; /* shares of its pages in percent */
+    unsigned long device_mib; /* memory filled from a block device, see device_pages.h */
+    char device[32];          /* its path */
     unsigned long wws_mib;    /* writable working set */
     unsigned long rate;       /* page writes per second in it */
     unsigned long touch;      /* bytes per page write, a multiple of 8 up to 4096 */
