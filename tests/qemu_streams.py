@@ -170,15 +170,17 @@ class Cursor:
 
 @dataclass
 class Reference:
-    """Parses a well-formed stream into ops."""
+    """Parses a well-formed stream into ops; with ``multifd`` syncs are ops, too."""
 
     data: bytes
+    multifd: bool = False
     ops: list[Op] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
     ram_id: int = -1
     block: int = -1
     place: tuple[int, int] = (-1, -1)
     prelude: bytes = b""
+    sync_per_section: bool = True
 
     def parse(self) -> list[Op]:
         cursor = Cursor(self.data)
@@ -243,9 +245,15 @@ class Reference:
             self.names.append(cursor.str8())
             total -= cursor.number(8)
             cursor.take(8 if shared else 0)
+        raw = self.data[start : cursor.at]
+        self.sync_per_section = self.data[cursor.at : cursor.at + 8] == EOS
+        if self.multifd and not self.sync_per_section:
+            assert cursor.number(8) == 0x200
         assert cursor.take(8) == EOS
         assert cursor.take(5) == footer(self.ram_id)
-        self.ops.append(("blocks", tuple(self.names), self.data[start : cursor.at]))
+        self.ops.append(("blocks", tuple(self.names), raw + EOS + footer(self.ram_id)))
+        if self.multifd:
+            self.ops.append(("sync",))
 
     def _records(self, cursor: Cursor) -> bytes | None:
         """Parse records up to EOS; what follows an unknown one, under its block's name."""
@@ -253,7 +261,12 @@ class Reference:
             word = cursor.number(8)
             flags, page = word & 0xFFF, word >> 12
             if flags == 0x10:
+                if self.multifd and self.sync_per_section:
+                    self.ops.append(("sync",))
                 return None
+            if self.multifd and flags == 0x200:
+                self.ops.append(("sync",))
+                continue
             if not flags & 0x20:
                 self.block = self.names.index(cursor.str8())
             kind = flags & ~0x20

@@ -42,6 +42,8 @@ class Recipe:
         channels: Connections that QEMU makes (multifd), the main one first.
         busy: The firmware never stops writing, and the migration makes several rounds.
         versions: QEMU versions that know it.
+        parameters: Migration parameters to set.
+        machine: Machine type; by default the newest that the version knows.
     """
 
     arguments: tuple[str, ...] = ()
@@ -50,6 +52,8 @@ class Recipe:
     channels: int = 1
     busy: bool = False
     versions: tuple[str, ...] = ("7.2", "10.0")
+    parameters: Mapping[str, str | int] = field(default_factory=dict)
+    machine: str = ""
 
 
 @dataclass(slots=True)
@@ -63,6 +67,27 @@ DISK: Final = (
     "-blockdev",
     "qcow2,node-name=disk,file.driver=file,file.filename=DIR/disk.qcow2",
 )
+
+MULTIFD_RECIPES: Final[Mapping[str, Recipe]] = {
+    f"multifd-{name}": Recipe(
+        capabilities=("multifd",),
+        channels=channels,
+        busy=True,
+        parameters={"multifd-channels": channels - 1} | dict(parameters),
+        versions=("10.0",) if "zero" in name or machine else ("7.2", "10.0"),
+        machine=machine,
+    )
+    for name, channels, parameters, machine in (
+        ("busy", 3, {}, ""),
+        ("single", 2, {}, ""),
+        ("zlib", 3, {"multifd-compression": "zlib"}, ""),
+        ("zstd", 3, {"multifd-compression": "zstd"}, ""),
+        ("zero-legacy", 3, {"zero-page-detection": "legacy"}, ""),
+        ("zero-none", 3, {"zero-page-detection": "none"}, ""),
+        ("old-machine", 4, {}, "pc-q35-7.2"),
+    )
+}
+"""Recorded with all their connections."""
 
 RECIPES: Final[Mapping[str, Recipe]] = {
     "plain": Recipe(("-device", "virtio-balloon-pci")),
@@ -145,6 +170,8 @@ async def capture(client: QmpClient, recipe: Recipe, folder: Path) -> list[bytes
     """Migrate the guest into our hands; the source is complete and its RAM frozen afterwards."""
     capabilities = dict.fromkeys(recipe.capabilities, True)
     await queries.set_capabilities(client, capabilities | {"return-path": recipe.return_path})
+    if recipe.parameters:
+        await queries.set_parameters(client, recipe.parameters)
     if recipe.busy:
         slow = {"max-bandwidth": 4 << 20, "downtime-limit": 1}
         await queries.set_parameters(client, slow)
@@ -169,10 +196,11 @@ async def capture(client: QmpClient, recipe: Recipe, folder: Path) -> list[bytes
 
 
 async def _let_go_after(client: QmpClient, syncs: int) -> None:
-    """Hold the guest in pre-copy until its dirty bitmap was synced so often."""
-    while (ram := (await queries.query_migrate(client)).ram) is None or (  # noqa: ASYNC110
-        ram.dirty_sync_count < syncs
-    ):
+    """Hold the guest in pre-copy until its dirty bitmap was synced so often, if it can be held."""
+    while True:
+        status = await queries.query_migrate(client)
+        if status.has_ended or (status.ram and status.ram.dirty_sync_count >= syncs):
+            break
         await trio.sleep(0.01)
     await queries.set_parameters(client, {"max-bandwidth": 1 << 30, "downtime-limit": 2000})
 

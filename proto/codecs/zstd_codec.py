@@ -1,7 +1,7 @@
 """Codec 3: one zstd frame that states its content size; the only importer of zstandard."""
 
 import threading
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol, cast
 
 import zstandard  # noqa: TID251 - the one place that may
 
@@ -15,6 +15,8 @@ FILE_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 
 MAX_FILE_WINDOW_BYTES: Final = 2**27
 """Memory that unpacking a file may take; what ``zstd --long=27`` needs."""
+
+DEFAULT_READ_BYTES: Final = zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE
 
 _TABLE_LOG: Final = {2: 15, 3: 16}
 """Levels of our own making: size of both hash tables of zstd's double-fast strategy, as log2.
@@ -90,12 +92,23 @@ class ZstdCodec:
         out[:] = raw
 
 
-class ZstdReader:
-    """Unpacks a file of any length piece by piece."""
+class Readable(Protocol):
+    """What ``ZstdReader`` needs of a file."""
 
-    def __init__(self, source: BinaryIO) -> None:
+    def read(self, size: int, /) -> bytes:
+        """Read about ``size`` bytes; none mean the end."""
+        ...
+
+
+class ZstdReader:
+    """Unpacks a file or a stream of any length piece by piece."""
+
+    def __init__(self, source: Readable, read_bytes: int = DEFAULT_READ_BYTES) -> None:
+        """Read ``source``, up to ``read_bytes`` at a time."""
         unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_FILE_WINDOW_BYTES)
-        self._stream = unpacker.stream_reader(source, read_across_frames=True)
+        self._stream = unpacker.stream_reader(
+            cast(BinaryIO, source), read_size=read_bytes, read_across_frames=True
+        )
 
     def readinto(self, out: memoryview) -> int:
         """Fill some of ``out``; 0 at the end of the file, also where it was cut off.
@@ -107,6 +120,20 @@ class ZstdReader:
             return self._stream.readinto(out)
         except zstandard.ZstdError as exc:
             raise CodecError("zstd file", "zstd frames", str(exc)[:120]) from exc
+
+    def readinto_once(self, out: memoryview) -> int:
+        """Fill some of ``out``, asking the source for more only where nothing came without.
+
+        As much is filled as there is and fits: less means that what was read gives no more. Once
+        the source had nothing, nothing ever comes again.
+
+        Raises:
+            CodecError: As ``readinto``.
+        """
+        try:
+            return self._stream.readinto1(out)
+        except zstandard.ZstdError as exc:
+            raise CodecError("zstd stream", "zstd frames", str(exc)[:120]) from exc
 
 
 def _new_compressor(level: int) -> zstandard.ZstdCompressor:

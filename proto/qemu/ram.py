@@ -9,6 +9,7 @@ data commute inside it; the scanner closes it wherever the order of the stream m
 nowhere else: however the stream is cut, the batches are the same.
 """
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,12 +31,14 @@ from proto.qemu.format import (
     RAM_CONTINUE,
     RAM_EOS,
     RAM_FLAGS_MASK,
+    RAM_MULTIFD_FLUSH,
     RAM_PAGE,
     RAM_XBZRLE,
     RAM_ZERO,
     U64,
     str8,
 )
+from proto.qemu.rounds import Track
 
 PAGE_RECORD_BYTES = 8 + PAGE_SIZE
 ZERO_RECORD_BYTES = 8 + 1
@@ -45,6 +48,19 @@ MIN_STRIDED_RUN = 16
 FIRST_WINDOW_RECORDS = 64
 """How far a view looks for a run's end at first; it grows while runs are longer, so that short
 runs are not paid for with views of all that was received."""
+
+
+class Stop(enum.Enum):
+    """Why ``RamScanner.scan`` went no further."""
+
+    NEED_DATA = enum.auto()
+    """No whole record is left."""
+    END = enum.auto()
+    """The section's body ended."""
+    SYNC = enum.auto()
+    """All multifd channels are to be read up to their SYNC before anything that follows."""
+    UNKNOWN = enum.auto()
+    """See ``RamScanner.unknown``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +166,16 @@ class _Batch:
 
 
 class RamScanner:
-    """Turns RAM section bodies into page events; keeps the state that outlives a section."""
+    """Turns RAM section bodies into page events; keeps the state that outlives a section.
 
-    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+    Attributes:
+        events: What was read; whoever takes them clears the list.
+        unknown: The record that is not understood, None so far.
+        track: Where pages went. With multifd the rounds must be found from all connections
+            together, and none are told in ``events``; None without.
+    """
+
+    def __init__(self, blocks: Sequence[RamBlock], track: Track | None = None) -> None:
         self._blocks = blocks
         self._page_counts = [block.page_count for block in blocks]
         self._index = {block.idstr: i for i, block in enumerate(blocks)}
@@ -163,13 +186,13 @@ class RamScanner:
         self._window = {RAM_PAGE: FIRST_WINDOW_RECORDS, RAM_ZERO: FIRST_WINDOW_RECORDS}
         self.events: list[PageRun | ZeroRun | RoundEnd] = []
         self.unknown: UnknownRecord | None = None
+        self.track = track
 
-    def scan(self, buf: NDArray[np.uint8], start: int, end: int) -> tuple[int, bool]:
+    def scan(self, buf: NDArray[np.uint8], start: int, end: int) -> tuple[int, Stop]:
         """Consume whole records of ``buf[start:end]``; events go to ``self.events``.
 
         Returns:
-            Position behind the last record consumed, and whether the section's body ended there
-            (or became unknown: see ``self.unknown``).
+            Position behind the last record consumed, and why nothing behind it was.
 
         Raises:
             QemuStreamError: A record is none that QEMU documents.
@@ -181,7 +204,7 @@ class RamScanner:
             flags = word & RAM_FLAGS_MASK
             if flags == RAM_EOS:
                 self.flush()
-                return pos + 8, True
+                return pos + 8, Stop.END
             kind = flags & ~RAM_CONTINUE
             if kind not in (RAM_PAGE, RAM_ZERO):
                 return self._other_record(view, pos, end, word)
@@ -201,15 +224,22 @@ class RamScanner:
                 break
             self._single(view, after, word >> 12, kind)
             pos = after + body
-        return pos, False
+        return pos, Stop.NEED_DATA
 
     def flush(self) -> None:
         """Close the batch: what was gathered becomes events."""
-        self.events += self._batch.flush()
+        gathered = self._batch.flush()
+        self.events += gathered
+        if self.track is not None:
+            for run in gathered:
+                self.track.note(run.block, int(run.pages[0]), int(run.pages[-1]))
 
     def _other_record(
         self, view: memoryview, pos: int, end: int, word: int
-    ) -> tuple[int, bool]:
+    ) -> tuple[int, Stop]:
+        if word == RAM_MULTIFD_FLUSH and self.track is not None:
+            self.flush()
+            return pos + 8, Stop.SYNC
         kind = word & RAM_FLAGS_MASK & ~RAM_CONTINUE
         reason = UNKNOWN_REASONS.get(kind)
         if reason is None:
@@ -223,12 +253,12 @@ class RamScanner:
         else:
             name_end = self._named(view, after, end)
             if name_end is None:
-                return pos, False
+                return pos, Stop.NEED_DATA
             after = name_end
         name = str8(self._blocks[self._block].idstr)
         self.flush()
         self.unknown = UnknownRecord(U64.pack(word & ~RAM_CONTINUE) + name, reason)
-        return after, True
+        return after, Stop.UNKNOWN
 
     def _named(self, view: memoryview, pos: int, end: int) -> int | None:
         """Read a block name at ``pos``; position behind it, or None if it is not all there."""
@@ -304,7 +334,7 @@ class RamScanner:
         if self._block == batch.block and page > batch.last_page:
             return
         self.flush()
-        if (self._block, page) <= (batch.block, batch.last_page):
+        if self.track is None and (self._block, page) <= (batch.block, batch.last_page):
             self.events.append(RoundEnd(self._rounds))
             self._rounds += 1
         batch.block = self._block

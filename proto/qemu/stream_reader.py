@@ -4,6 +4,10 @@ Feed bytes cut anywhere (``get_buffer`` / ``buffer_updated``), take events. RAM 
 as batches, all else verbatim; what is not understood is handed on as opaque bytes and never
 guessed.
 The grammar is written as a generator that asks for bytes with ``yield from self._need(n)``.
+
+With multifd the pages come over other connections, in intervals that syncs part. The reader then
+stops at each sync (``at_sync``) until it is told that all channels have reached theirs
+(``pass_sync``); ``proto.qemu.multifd_stream`` joins them.
 """
 
 from collections import deque
@@ -27,7 +31,8 @@ from proto.guest_events import (
     Switchover,
 )
 from proto.qemu import format as qf
-from proto.qemu.ram import RamScanner
+from proto.qemu.ram import RamScanner, Stop
+from proto.qemu.rounds import Track
 from proto.qemu.tail import TailScanner
 
 BUFFER_BYTES = 2 * 2**20
@@ -61,9 +66,15 @@ class StreamReader:
     Attributes:
         configuration: Known once the header was read.
         bytes_consumed: Stream bytes turned into events so far.
+        multifd: Whether pages come over further connections. May be corrected at the first sync,
+            which is the end of the block list.
+        sync_per_section: Each RAM section ends with a sync; otherwise (machine types from 8.1)
+            each walk over RAM does. Known at the first sync.
+        track: With multifd, where pages and zero pages of this connection went since the last
+            sync.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, multifd: bool = False) -> None:
         self._buf = np.empty(BUFFER_BYTES, np.uint8)
         self._view = self._buf.data
         self._pos = 0
@@ -78,6 +89,10 @@ class StreamReader:
         self._prelude = b""
         self.configuration: MachineConfiguration | None = None
         self.bytes_consumed = 0
+        self.multifd = multifd
+        self._sync_due = False
+        self.sync_per_section = True
+        self.track = Track()
 
     def get_buffer(self) -> memoryview:
         """Room to receive into; valid until the next call of any method."""
@@ -95,11 +110,26 @@ class StreamReader:
         """Say that the source closed its end."""
         self._eof = True
 
+    @property
+    def at_sync(self) -> bool:
+        """Stands at a sync, and all events before it were taken.
+
+        Nothing more is read from the connection until ``pass_sync``.
+        """
+        return self._sync_due and not self._events
+
+    def pass_sync(self) -> None:
+        """Go on behind a sync."""
+        self._sync_due = False
+        self.track = Track()
+        if self._ram is not None and self._ram.track is not None:
+            self._ram.track = self.track
+
     def next_event(self) -> GuestEvent | NeedData:
         """Next event, or NEED_DATA.
 
         After ``End`` only NEED_DATA follows. The buffer is always drained when NEED_DATA is
-        returned, apart from the bytes of one incomplete record.
+        returned, apart from the bytes of one incomplete record, and at a sync.
 
         Raises:
             QemuStreamError: The stream is damaged, truncated, or cannot be carried.
@@ -119,7 +149,7 @@ class StreamReader:
                 self._error = error
                 continue
             if not self._events:
-                if not self._eof:
+                if not self._eof or self._sync_due:
                     return NEED_DATA
                 where = f"byte {self.bytes_consumed} of the migration stream"
                 self._error = QemuStreamError(where, "more bytes", "the end of the stream")
@@ -300,25 +330,39 @@ class StreamReader:
             blocks[name] = RamBlock(name, length)
             raws.append(raw)
             total -= length
-        raws += [(yield from self._block_list_end()), (yield from self._footer())]
-        self._ram = RamScanner(tuple(blocks.values()))
-        self._events.append(RamBlocks(tuple(blocks.values()), b"".join(raws)))
-
-    def _block_list_end(self) -> Generator[NeedData, None, bytes]:
-        end = yield from self._take(8)
-        if qf.U64.unpack(end)[0] == qf.RAM_MULTIFD_FLUSH:
+        yield from self._block_list_end()
+        # A source with multifd keeps the footer back until pages have gone over its channels.
+        footer = bytes([qf.FOOTER]) + qf.U32.pack(self._ram_id)
+        start_raw = b"".join([*raws, qf.U64.pack(qf.RAM_EOS), footer])
+        self._events.append(RamBlocks(tuple(blocks.values()), start_raw))
+        if self.multifd:
+            yield from self._sync()
+        if not (self.multifd or self.sync_per_section):
             raise QemuStreamError(
                 self._where(), "one channel", "multifd: switch the capability off"
             )
-        if qf.U64.unpack(end)[0] != qf.RAM_EOS:
-            raise QemuStreamError(self._where(), "the end of the block list", end.hex())
-        return end
+        self._ram = RamScanner(tuple(blocks.values()), self.track if self.multifd else None)
+        yield from self._footer()
 
-    def _footer(self) -> Generator[NeedData, None, bytes]:
+    def _block_list_end(self) -> _Steps:
+        """Read the end mark; a flush before it is left out, only multifd destinations know it."""
+        end = qf.U64.unpack((yield from self._take(8)))[0]
+        if end == qf.RAM_MULTIFD_FLUSH:
+            self.sync_per_section = False
+            end = qf.U64.unpack((yield from self._take(8)))[0]
+        if end != qf.RAM_EOS:
+            raise QemuStreamError(self._where(), "the end of the block list", f"{end:#x}")
+
+    def _sync(self) -> _Steps:
+        """Stand still until all channels have been read up to the same sync."""
+        self._sync_due = True
+        while self._sync_due:
+            yield NEED_DATA
+
+    def _footer(self) -> _Steps:
         raw = yield from self._take(5)
         if raw[0] != qf.FOOTER or qf.U32.unpack(raw[1:])[0] != self._ram_id:
             raise QemuStreamError(self._where(), f"footer of section {self._ram_id}", raw.hex())
-        return raw
 
     def _ram_section(self, element: int) -> Generator[NeedData, None, bool]:
         """Read a PART or END section of RAM; True if the stream ended or is not understood."""
@@ -328,27 +372,43 @@ class StreamReader:
             raise QemuStreamError(self._where(), f"section {self._ram_id} (ram)", found)
         if element == qf.SECTION_END:
             self._events.append(Switchover(self._prelude))
-        ram = self._ram
-        assert ram is not None
-        while True:
-            pos, ended = ram.scan(self._buf, self._pos, self._end)
-            self.bytes_consumed += pos - self._pos
-            self._pos = pos
-            self._events += ram.events
-            ram.events.clear()
-            if ram.unknown is not None:
-                head, reason = ram.unknown.head, ram.unknown.reason
-                self._events.append(Opaque(OpaqueKind.REST_IN_RAM, head, reason))
-                yield from self._rest_bytes()
-                return True
-            if ended:
-                break
-            yield NEED_DATA
+        flushed = False
+        while (stop := (yield from self._records())) is Stop.SYNC:
+            yield from self._sync()
+            flushed = True
+        if stop is Stop.UNKNOWN:
+            yield from self._rest_in_ram()
+            return True
+        if self.multifd and self.sync_per_section:
+            yield from self._sync()
+        elif self.multifd and element == qf.SECTION_END and not flushed:
+            raise QemuStreamError(self._where(), "a flush of the channels", "the end of RAM")
         yield from self._footer()
         if element == qf.SECTION_END:
             yield from self._tail()
             return True
         return False
+
+    def _records(self) -> Generator[NeedData, None, Stop]:
+        """Read records of the section's body until it ends, or something else must be done."""
+        ram = self._ram
+        assert ram is not None
+        while True:
+            pos, stop = ram.scan(self._buf, self._pos, self._end)
+            self.bytes_consumed += pos - self._pos
+            self._pos = pos
+            self._events += ram.events
+            ram.events.clear()
+            if stop is not Stop.NEED_DATA:
+                return stop
+            yield NEED_DATA
+
+    def _rest_in_ram(self) -> _Steps:
+        assert self._ram is not None
+        unknown = self._ram.unknown
+        assert unknown is not None
+        self._events.append(Opaque(OpaqueKind.REST_IN_RAM, unknown.head, unknown.reason))
+        yield from self._rest_bytes()
 
     def _tail(self) -> _Steps:
         scanner = TailScanner()

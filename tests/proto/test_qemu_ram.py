@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from proto.errors import QemuStreamError
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, RoundEnd, ZeroRun
-from proto.qemu.ram import RamScanner, page_buffer, page_records, zero_records
+from proto.qemu.ram import RamScanner, Stop, page_buffer, page_records, zero_records
 from tests.qemu_streams import EOS, page_of, record, str8
 from tests.strategies import page_array
 
@@ -21,11 +21,11 @@ def scan(body: bytes, piece_bytes: int | None = None) -> list[PageRun | ZeroRun 
     """Scan a section body, growing what is there by ``piece_bytes`` at a time."""
     scanner = RamScanner([BLOCK, OTHER])
     buf = np.frombuffer(body, np.uint8)
-    pos, ended = 0, False
+    pos, stop = 0, Stop.NEED_DATA
     for end in [*range(0, len(body), piece_bytes or len(body)), len(body)]:
-        assert not ended
-        pos, ended = scanner.scan(buf, pos, end)
-    assert (pos, ended) == (len(body), True)
+        assert stop is Stop.NEED_DATA
+        pos, stop = scanner.scan(buf, pos, end)
+    assert (pos, stop) == (len(body), Stop.END)
     return scanner.events
 
 
@@ -233,8 +233,8 @@ def test_an_unknown_record_names_its_block_for_the_destination(flag: int, named:
     word = (7 << 12 | flag | (0 if named else 0x20)).to_bytes(8)
     name = str8(b"pc.bios")
     body = record(3, 0, b"pc.bios") + word + (name if named else b"") + b"content"
-    pos, ended = scanner.scan(np.frombuffer(body, np.uint8), 0, len(body))
-    assert (body[pos:], ended) == (b"content", True)
+    pos, stop = scanner.scan(np.frombuffer(body, np.uint8), 0, len(body))
+    assert (body[pos:], stop) == (b"content", Stop.UNKNOWN)
     assert scanner.unknown is not None
     assert scanner.unknown.head == (7 << 12 | flag).to_bytes(8) + name
     assert shape(scanner.events) == [("zeros", 1, [3])]
@@ -244,8 +244,11 @@ def test_an_unknown_record_waits_for_its_whole_name() -> None:
     scanner = RamScanner([BLOCK])
     body = (0x40).to_bytes(8) + str8(NAME)
     for end in range(len(body)):
-        assert scanner.scan(np.frombuffer(body, np.uint8), 0, end) == (0, False)
-    assert scanner.scan(np.frombuffer(body, np.uint8), 0, len(body)) == (len(body), True)
+        assert scanner.scan(np.frombuffer(body, np.uint8), 0, end) == (0, Stop.NEED_DATA)
+    assert scanner.scan(np.frombuffer(body, np.uint8), 0, len(body)) == (
+        len(body),
+        Stop.UNKNOWN,
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,13 @@ from migrate.qemu.local_hop import OutgoingHop
 from migrate.qemu.qmp_client import QmpClient, open_qmp
 from migrate.transport.channels import connect
 from proto.guest_events import DeviceState, GuestEvent, Opaque, OpaqueKind, PageRun
+from proto.qemu.format import MAGIC
+from tests.multifd_streams import read as read_multifd
 from tests.qemu_streams import flat, read
 from tests.small_qemu import QEMUS, running_qemu
 from tests.stream_capture import (
     MACHINE_TYPES,
+    MULTIFD_RECIPES,
     RAM_BYTES,
     RECIPES,
     Recipe,
@@ -36,10 +39,22 @@ RAM_FILE = "ram.bin"
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A migration stream, and the RAM of the source that wrote it, frozen since."""
+    """The bytes of each connection, and the RAM of the source that wrote them, frozen since."""
 
-    stream: bytes
+    connections: list[bytes]
     ram: bytes
+
+    @property
+    def stream(self) -> bytes:
+        return self.connections[0]
+
+    def events(self) -> list[GuestEvent]:
+        """What is read of it, to its end."""
+        if len(self.connections) > 1:
+            return [event for interval in read_multifd(self.connections) for event in interval]
+        events, consumed = read(self.stream, range(0, len(self.stream), 100_003))
+        assert consumed == len(self.stream)
+        return events
 
 
 def machine_of(source: str, destination: str) -> str:
@@ -69,8 +84,9 @@ async def ram_of(client: QmpClient, folder: Path) -> bytes:
 async def captured(folder: Path, recipe: Recipe, version: str, machine: str) -> Captured:
     async with guest(folder, recipe, version, machine) as client:
         await start_guest(client)
-        stream, *_ = await capture(client, recipe, folder)
-        return Captured(stream, await ram_of(client, folder))
+        connections = await capture(client, recipe, folder)
+        connections.sort(key=lambda data: not data.startswith(MAGIC))
+        return Captured(connections, await ram_of(client, folder))
 
 
 async def load(client: QmpClient, events: list[GuestEvent], folder: Path) -> QemuLoader:
@@ -99,8 +115,7 @@ async def replay(
     machine = machine_of(source, destination)
     with trio.fail_after(60):
         taken = await captured(tmp_path / "source", recipe, source, machine)
-        events, consumed = read(taken.stream, range(0, len(taken.stream), 100_003))
-        assert consumed == len(taken.stream)
+        events = taken.events()
         folder = tmp_path / "destination"
         incoming = ("-incoming", "defer")
         async with guest(folder, recipe, destination, machine, *incoming) as client:
@@ -144,6 +159,27 @@ async def test_many_rounds_of_a_busy_guest_arrive(tmp_path: Path, version: str) 
     taken, events, ram = await replay(tmp_path, Recipe(busy=True), version, version)
     assert sum(op[0] == "round" for op in flat(events)) > 1
     assert sum(len(e.pages) for e in events if isinstance(e, PageRun)) > 3 * 112
+    assert_same_ram(ram, taken.ram)
+
+
+@pairs
+async def test_pages_that_came_over_several_connections_arrive(
+    tmp_path: Path, source: str, destination: str
+) -> None:
+    recipe = MULTIFD_RECIPES["multifd-busy"]
+    taken, events, ram = await replay(tmp_path, recipe, source, destination)
+    assert len(taken.connections) == 3
+    assert sum(op[0] == "round" for op in flat(events)) > 1
+    assert_same_ram(ram, taken.ram)
+
+
+@pytest.mark.parametrize("variant", ["zlib", "zstd", "zero-none", "zero-legacy"])
+async def test_all_ways_to_send_pages_over_several_connections_arrive(
+    tmp_path: Path, variant: str
+) -> None:
+    version = "7.2" if variant == "zlib" else "10.0"
+    recipe = MULTIFD_RECIPES[f"multifd-{variant}"]
+    taken, _, ram = await replay(tmp_path, recipe, version, version)
     assert_same_ram(ram, taken.ram)
 
 
