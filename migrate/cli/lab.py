@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from migrate.cli.options import installed_version
 from migrate.errors import ParamsError
-from migrate.lab import compare_command, inspect
+from migrate.lab import compare_command, inspect, round_trip
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     version = f"{parser.prog} {installed_version()}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    command = commands.add_parser(
+    inspect_parser = commands.add_parser(
         "inspect",
         help="print what a captured or live migration stream contains",
         description=inspect.DESCRIPTION,
@@ -35,9 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    inspect.add_arguments(command)
-    command.set_defaults(run=inspect.run)
-    command = commands.add_parser(
+    inspect.add_arguments(inspect_parser)
+    inspect_parser.set_defaults(run=inspect.run)
+    compare = commands.add_parser(
         "compare",
         help=compare_command.SUMMARY,
         description=compare_command.DESCRIPTION,
@@ -45,8 +45,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    compare_command.add_arguments(command)
-    command.set_defaults(run=compare_command.run)
+    compare_command.add_arguments(compare)
+    compare.set_defaults(run=compare_command.run)
+    trip = commands.add_parser(
+        "round-trip",
+        help=round_trip.SUMMARY,
+        description=round_trip.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    round_trip.add_arguments(trip)
+    trip.set_defaults(run=round_trip.run)
     return parser
 
 

@@ -6,7 +6,7 @@ a failed run the guest is booted anew.
 
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Final
 import trio
 
 from migrate.errors import DeadlineExceededError, MigrationError
+from migrate.lab.command_line import Say
 from migrate.lab.compare_plan import UNSHAPED, WARM_UP, Cell, Plan, Step, link_rate
 from migrate.lab.compare_results import DONE, FAILED, NOT_CONVERGED, Results, Run, utc_text
 from migrate.lab.guest_vm import GuestConfig
@@ -29,8 +30,6 @@ from migrate.units import KIB
 BLAST_S: Final = 1.0
 BOOTS_MAX: Final = 4
 """Of one guest; when it had to be booted so often its other runs are left out."""
-
-Say = Callable[[str], None]
 
 
 def guest_config(

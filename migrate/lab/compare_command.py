@@ -2,19 +2,20 @@
 
 import argparse
 import shlex
-import signal
-import sys
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import trio
-
-from migrate.errors import MigrationError, ParamsError
-from migrate.lab import file_content, guest_image, qemu_binaries
-from migrate.lab.compare import Comparison, Say
-from migrate.lab.compare_guests import GUESTS, ODD_KIB, GuestKind
+from migrate.errors import ParamsError
+from migrate.lab import file_content, guest_image
+from migrate.lab.command_line import (
+    INTERRUPTED,
+    exit_status,
+    find_qemu,
+    run_until_signal,
+    talking_clock,
+)
+from migrate.lab.compare import Comparison
+from migrate.lab.compare_guests import GUESTS, add_sizes, resized
 from migrate.lab.compare_plan import Choice, Plan, engine_modes
 from migrate.lab.compare_results import Results, machine_facts
 from migrate.lab.compare_table import (
@@ -28,11 +29,7 @@ from migrate.lab.compare_table import (
 )
 from migrate.lab.engine import EngineMode
 from migrate.lab.native import NATIVE_MODES
-from migrate.lab.qemu_binaries import QemuBinary
-from migrate.session import most_telling
-from migrate.units import KIB, MIB, NS_PER_MS, NS_PER_S, parse_duration_ns, parse_size
-
-INTERRUPTED = 130
+from migrate.units import NS_PER_MS, NS_PER_S, parse_duration_ns
 
 SUMMARY = "migrate guests natively and through the engine, in turns, and compare"
 DESCRIPTION = """\
@@ -92,9 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--give-up", type=int, default=0, metavar="N",
         help="leave out a mode's repeats after N that did not converge (0: never)")  # fmt: skip
     add("--congestion-control", default="cubic", metavar="NAME", help="TCP's, or 'default'")
-    add("--ram", metavar="SIZE", help="guest RAM instead of what the guest has")
-    add("--content", metavar="SIZE", help="likewise its memory that does not change")
-    add("--working-set", metavar="SIZE", help="likewise the memory that it writes")
+    add_sizes(parser)
     add("--json", type=Path, metavar="FILE", help="write raw runs and machine facts")
     add("--resume", action="store_true", help="go on with the FILE of --json, keep its runs")
     add("--show", action="store_true", help="only print the tables of the FILE of --json")
@@ -128,7 +123,7 @@ def plan_from(options: argparse.Namespace) -> Plan:
         modes=modes,
         engines=engine_modes(modes, options.engine, common),
         repeats=options.repeats,
-        guests={cell.guest: _resized(GUESTS[cell.guest], options) for cell in cells},
+        guests={cell.guest: resized(GUESTS[cell.guest], options) for cell in cells},
         downtime_limit_ms=parse_duration_ns(options.downtime_limit) // NS_PER_MS,
         timeout_s=parse_duration_ns(options.timeout) / NS_PER_S,
         give_up=options.give_up,
@@ -138,41 +133,6 @@ def plan_from(options: argparse.Namespace) -> Plan:
 
 def _list(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
-
-
-def _resized(kind: GuestKind, options: argparse.Namespace) -> GuestKind:
-    workload = kind.workload
-    if options.content is not None:
-        mib = parse_size(options.content) // MIB
-        workload = (
-            replace(workload, device_mib=mib)
-            if workload.device_mib
-            else replace(workload, static_mib=mib)
-        )
-    if options.working_set is not None and workload.wws_mib:
-        workload = replace(workload, wws_mib=parse_size(options.working_set) // MIB)
-    ram_kib = kind.ram_kib
-    if options.ram is not None:
-        ram_kib = parse_size(options.ram) // KIB
-        if ram_kib % 256 == 0:  # see ODD_KIB
-            ram_kib += ODD_KIB
-    return replace(kind, workload=workload, ram_kib=ram_kib)
-
-
-def find_qemu(version: str) -> QemuBinary:
-    """Return a QEMU of this version: the machine's own, or 10.0, downloaded if missing.
-
-    Raises:
-        MigrationError: There is none.
-    """
-    if version == "10.0":
-        return qemu_binaries.find_10_0(fetch=True)
-    installed = qemu_binaries.find_installed()
-    if installed.short_version != version:
-        raise ParamsError(
-            f"expected QEMU {version}, this machine has {installed.short_version}"
-        )
-    return installed
 
 
 def print_tables(results: Results, *, markdown: bool) -> None:
@@ -194,51 +154,22 @@ def print_tables(results: Results, *, markdown: bool) -> None:
     print(f"{facts}; one TCP connection gets, in Mbit/s: {speeds}")
 
 
-async def run_until_signal(work: Callable[[], Awaitable[None]], say: Say) -> bool:
-    """Await ``work``; ``False`` if a signal ended it, with everything cleaned up."""
-    finished = False
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def cancel_on_signal() -> None:
-                number = await anext(signals)
-                say(f"{signal.Signals(number).name}: cleaning up")
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(cancel_on_signal)
-            await work()
-            finished = True
-            nursery.cancel_scope.cancel()
-    return finished
-
-
 def run(options: argparse.Namespace) -> int:
     """Compare; 0 when no run failed, 1 when some did, 130 after a signal, else an error's code."""
-    try:
-        if options.json is None and (options.resume or options.show):
-            raise ParamsError("--resume and --show need --json FILE")
-        if options.show:
-            print_tables(Results.load(options.json), markdown=options.markdown)
-            return 0
-        return _compare(options)
-    except ValueError as error:
-        print(f"migrate-lab compare: {error}", file=sys.stderr)
-        return ParamsError.exit_code
-    except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
-        told = most_telling(raised)
-        print(f"migrate-lab compare: {told}", file=sys.stderr)
-        return told.exit_code
+    return exit_status("migrate-lab compare", partial(_run, options))
 
 
-def _compare(options: argparse.Namespace) -> int:
-    started_s = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"{time.monotonic() - started_s:7.1f} s  {line}", file=sys.stderr, flush=True)
-
+def _run(options: argparse.Namespace) -> int:
+    if options.json is None and (options.resume or options.show):
+        raise ParamsError("--resume and --show need --json FILE")
+    if options.show:
+        print_tables(Results.load(options.json), markdown=options.markdown)
+        return 0
     plan = plan_from(options)
+    say = talking_clock()
     binaries = {
-        version: find_qemu(version) for version in dict.fromkeys(c.qemu for c in plan.cells)
+        version: find_qemu(version)
+        for version in dict.fromkeys(cell.qemu for cell in plan.cells)
     }
     guest_image.build()
     mib = max(kind.workload.device_mib for kind in plan.guests.values())
@@ -248,8 +179,8 @@ def _compare(options: argparse.Namespace) -> int:
         results = Results.load(options.json)
     else:
         results = Results(facts, options.json)
-    work = Comparison(plan, binaries, None if content is None else content.path, results, say)
-    finished = trio.run(run_until_signal, work.run, say)
+    image = None if content is None else content.path
+    finished = run_until_signal(Comparison(plan, binaries, image, results, say).run, say)
     print_tables(results, markdown=options.markdown)
     if not finished:
         return INTERRUPTED

@@ -1,10 +1,11 @@
-"""The guests that ``migrate-lab compare`` knows, by name."""
+"""The guests of comparisons, by name, and the options that change their sizes."""
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, replace
 from typing import Final
 
 from migrate.lab.guest_vm import Workload
-from migrate.units import GIB, KIB
+from migrate.units import GIB, KIB, MIB, parse_size
 
 ODD_KIB: Final = 8
 """On top of whole MiB: QEMU 7.2 under TCG loses dirty pages of RAM in whole 256 KiB."""
@@ -89,3 +90,35 @@ GUESTS: Final = {
     ),
     **{f"grow-{gib}": _growing(gib) for gib in (1, 2, 4, 8)},
 }
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``resized`` takes."""
+    add = parser.add_argument
+    add("--ram", metavar="SIZE", help="guest RAM instead of what the guest has")
+    add("--content", metavar="SIZE", help="likewise its memory that does not change")
+    add("--working-set", metavar="SIZE", help="likewise the memory that it writes")
+
+
+def resized(kind: GuestKind, options: argparse.Namespace) -> GuestKind:
+    """Return the guest with the sizes that were asked for.
+
+    Raises:
+        ValueError: Something that is no size.
+    """
+    workload = kind.workload
+    if options.content is not None:
+        mib = parse_size(options.content) // MIB
+        workload = (
+            replace(workload, device_mib=mib)
+            if workload.device_mib
+            else replace(workload, static_mib=mib)
+        )
+    if options.working_set is not None and workload.wws_mib:
+        workload = replace(workload, wws_mib=parse_size(options.working_set) // MIB)
+    ram_kib = kind.ram_kib
+    if options.ram is not None:
+        ram_kib = parse_size(options.ram) // KIB
+        if ram_kib % 256 == 0:
+            ram_kib += ODD_KIB
+    return replace(kind, workload=workload, ram_kib=ram_kib)

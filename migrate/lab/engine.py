@@ -104,6 +104,7 @@ class EngineWay:
             await sender.wait()
             _check_status("migrate-src", sender, workdir)
             await self.receiver.finish()
+        watch.ended_us = time.time_ns() // 1000
         content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return content
 

@@ -73,6 +73,7 @@ class Measurement:
         writes_per_s: Page writes of the guest from ``migrate`` on, the pause not counted.
         report: The engine's own report, ``None`` natively.
         service: What the heartbeats say of the guest's progress, see ``heartbeat_service``.
+        ended_ms: From the start of migrate-src to the end of both commands, ``None`` natively.
     """
 
     total_ms: float
@@ -92,6 +93,7 @@ class Measurement:
     writes_per_s: float | None = None
     report: dict[str, Any] | None = None
     service: Service | None = None
+    ended_ms: float | None = None
 
 
 def heartbeat_service(
@@ -139,12 +141,14 @@ class Stopwatch:
     Attributes:
         resumed: Set when the guest runs at the destination.
         launched_us: When the engine's source process was started, by the event clock.
+        ended_us: When both of the engine's commands had ended.
         sides: Processes of the source's host and of the destination's.
     """
 
     def __init__(self, source: Endpoint, destination: Endpoint, link: NetnsPair) -> None:
         self.resumed = trio.Event()
         self.launched_us: int | None = None
+        self.ended_us: int | None = None
         self.sides = (Side(source.pid), Side(destination.pid))
         self._memory = MemoryPeak(self.sides)
         self._source = source
@@ -224,6 +228,7 @@ class Stopwatch:
             writes_per_s=writes_per_s,
             report=report,
             service=self._service(),
+            ended_ms=None if self.ended_us is None else (self.ended_us - launched_us) / 1e3,
         )
 
     async def _wait_alive(self) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from socket import IPPROTO_TCP, TCP_CONGESTION
 
 import pytest
 import trio
@@ -35,6 +36,21 @@ async def test_pair_is_there_inside_the_block_and_gone_after() -> None:
     async with netns_pair() as pair:
         assert ours() == {pair.source.name, pair.destination.name}
     assert ours() == set()
+
+
+async def test_tcp_on_the_link_has_the_congestion_control_that_was_asked_for() -> None:
+    async with netns_pair(congestion_control="reno") as pair:
+        with pair.destination.open_socket() as listener, pair.source.open_socket() as sender:
+            listener.bind((pair.destination.address, 0))
+            listener.listen()
+            sender.connect(listener.getsockname())
+            receiver, _ = listener.accept()
+            with receiver:
+                chosen = [
+                    end.getsockopt(IPPROTO_TCP, TCP_CONGESTION, 16)
+                    for end in (sender, receiver)
+                ]
+    assert [name.rstrip(b"\0") for name in chosen] == [b"reno", b"reno"]
 
 
 async def test_pair_is_removed_after_an_error_in_the_block() -> None:
