@@ -2,7 +2,7 @@
 
     guest (ours, attached, or waiting with -incoming) <- handover <- inbound pipeline <- link, HELLO
 
-It listens until a source introduces itself properly; strangers are turned away and change nothing.
+``migrate.reception`` waits for the source at the door.
 """
 
 from collections.abc import AsyncIterator
@@ -18,7 +18,6 @@ from migrate.errors import (
     MigrationCancelledError,
     MigrationError,
     PeerLostError,
-    PeerProtocolError,
     PeerRefusedError,
 )
 from migrate.guests.base import DestinationGuest
@@ -32,8 +31,9 @@ from migrate.guests.simulated_facts import COUNTS_EVENT, settled_counts
 from migrate.handover import DestinationHandover
 from migrate.hello import Agreement, answer_hello, reported_commit
 from migrate.inbound import Inbound
-from migrate.params import DestinationParams, LinkAddress
+from migrate.params import DestinationParams
 from migrate.qemu.process import OwnedQemu
+from migrate.reception import Reception
 from migrate.report.progress import ProgressState
 from migrate.report.report import Report
 from migrate.ring_guard import settle_verdict
@@ -41,18 +41,12 @@ from migrate.rings import RingVerdict
 from migrate.session import PROGRESS_S, Session, most_telling, told_or_bug
 from migrate.simulation.guest import SimulatedGuest
 from migrate.state_file import ABORTED, StateFile
-from migrate.transport.channels import LinkSocket
 from migrate.transport.link import Link
 from migrate.units import NS_PER_MS
 from proto.link import messages
-from proto.link.connection import LinkConnection
 from proto.link.dispatch import FRAMES
 from proto.link.messages import CommitKind, Hello, Message
-from proto.link.state import Role
 from proto.packing import clip_text
-
-MAX_STRANGERS = 16
-"""Connections that may be introducing themselves at a time."""
 
 DISCARD_S = 30.0
 FAREWELL_S = 3.0
@@ -81,12 +75,12 @@ class DestinationRun:
         self._source_gave_up = False
         self._source_done = False
         self._discarded = False
-        self._taken = False
+        self._reception = Reception(params, session)
 
     @property
     def waits_for_source(self) -> bool:
         """Nobody has introduced itself yet: whoever does next is the source."""
-        return not self._taken
+        return self._reception.waiting
 
     def cancel(self, why: str) -> str | None:
         """Call the migration off, from a signal; of a simulated guest that is here, its life.
@@ -300,7 +294,7 @@ class DestinationRun:
         session = self._session
         async with trio.open_nursery() as nursery:
             to_us, sources = trio.open_memory_channel[tuple[Link, Hello]](1)
-            nursery.start_soon(self._listen, to_us)
+            nursery.start_soon(self._reception.run, to_us)
             link, hello = await sources.receive()
             self._link = link
             session.builder.setup_done(self._runtime.now_ns())
@@ -417,53 +411,6 @@ class DestinationRun:
         except trio.EndOfChannel:
             return
 
-    # --- strangers and the source ---------------------------------------------------------------
-
-    async def _listen(self, source: trio.MemorySendChannel[tuple[Link, Hello]]) -> None:
-        """Accept connections; the first that says HELLO is the source, later ones hear "busy"."""
-        listener = await self._runtime.listen(self._params.listen, "migrate-src")
-        try:
-            self._session.enter("waiting for migrate-src")
-            host, port = listener.getsockname()[:2]
-            self._session.say(f"listening on {LinkAddress(host, port)} for migrate-src")
-            limiter = trio.CapacityLimiter(MAX_STRANGERS)
-            async with trio.open_nursery() as nursery:
-                while True:
-                    sock, peer = await listener.accept()
-                    await limiter.acquire_on_behalf_of(sock)
-                    nursery.start_soon(self._meet, sock, str(peer[0]), limiter, source)
-        finally:
-            listener.close()
-
-    async def _meet(
-        self,
-        sock: LinkSocket,
-        host: str,
-        limiter: trio.CapacityLimiter,
-        source: trio.MemorySendChannel[tuple[Link, Hello]],
-    ) -> None:
-        link = Link(sock, LinkConnection(Role.DESTINATION), f"migrate-src at {host}")
-        adopted = False
-        try:
-            with trio.move_on_after(self._params.hello_timeout_s):
-                hello = await link.receive()
-                if not isinstance(hello, Hello):
-                    return
-                if self._taken:
-                    busy = "this migrate-dst takes in another guest already"
-                    await link.try_send(messages.Refused("busy", busy))
-                    return
-                self._taken = adopted = True
-                source.send_nowait((link, hello))
-        except (PeerLostError, PeerProtocolError) as error:
-            self._session.say(f"turned away a connection from {host}: {error}")
-            with trio.move_on_after(FAREWELL_S):
-                await link.farewell(messages.Refused("protocol", clip_text(str(error))))
-        finally:
-            limiter.release_on_behalf_of(sock)
-            if not adopted:
-                link.close()
-
     # --- progress -------------------------------------------------------------------------------
 
     async def _show_progress(self) -> None:
@@ -483,7 +430,7 @@ class DestinationRun:
             round_no=inbound.state.round_no,
             ram_bytes=sum(b.used_length for b in blocks.blocks) if blocks else None,
             pages=session.ledger.pages,
-            wire_bytes=link.connection.received_bytes,
+            wire_bytes=link.received_bytes,
             receiving=True,
         )
 

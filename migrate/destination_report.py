@@ -25,7 +25,7 @@ def destination_report(
         report.opaque_rest = inbound.state.opaque_rest or None
         report.integrity = _integrity(inbound)
     if link is not None:
-        received = link.connection.received_bytes
+        received = link.received_bytes
         session.ledger.add_bytes("control", max(0, received - session.ledger.wire_bytes))
         report.wire_bytes_back = link.sent_bytes
     session.builder.take_ledger(session.ledger)

@@ -29,7 +29,7 @@ from proto.guest_events import (
     Switchover,
 )
 from proto.link import messages
-from proto.link.connection import raw_bytes
+from proto.link.account import raw_bytes
 from proto.link.messages import Message
 from proto.link.pages import PageBatch, bytes_by_class
 from proto.qemu.format import MAX_DEVICE_STATE_BYTES, MAX_RAM_BYTES
@@ -146,7 +146,7 @@ class Inbound:
             self._ledger.add_bytes("opaque", len(message.encoded))
         elif isinstance(message, messages.DeviceStateData):
             self._ledger.add_bytes("device_state", len(message.encoded))
-        self._queue.put_nowait((self._link.connection.sequence.received_seq, message), size)
+        self._queue.put_nowait((self._link.session.sequence.received_seq, message), size)
 
     async def wait_flowing(self) -> None:
         """Wait until the source's guest begins to flow."""
@@ -300,7 +300,7 @@ class Inbound:
         while not self._all_consumed:
             await self._news.wait()
             self._news = trio.Event()
-            received = self._link.connection.sequence.received_seq
+            received = self._link.session.sequence.received_seq
             await self._link.send(messages.Ack(received, self._consumed_seq))
             if not self._all_consumed:
                 await trio.sleep(ACK_PAUSE_S)

@@ -143,7 +143,7 @@ class Sender:
                 return
 
     async def _wait_credit(self) -> None:
-        window = self._link.connection.window
+        window = self._link.session.window
         credit = self.credit
         while (
             window.outstanding_wire_bytes >= credit.window_wire_bytes
@@ -163,7 +163,7 @@ class Sender:
     def _framed(self, item: Outgoing, wire_bytes: int) -> None:
         """Account for a numbered frame at the moment it begins to be written."""
         now_ns = self._now_ns()
-        window = self._link.connection.window
+        window = self._link.session.window
         self._sent_ns[window.sent_seq] = now_ns
         self._framed_wire_bytes += wire_bytes
         self._framed_raw_bytes = self._consumed_raw_bytes + window.outstanding_raw_bytes
@@ -177,7 +177,7 @@ class Sender:
 
     def settle_ledger(self) -> None:
         """Bring everything that is not pages into the ledger; afterwards it closes to the byte."""
-        sent = self._link.connection.sent_bytes
+        sent = self._link.session.sent_bytes
         for kind in ("opaque", "device_state", "control"):
             self._ledger.add_bytes(kind, sent[kind] - getattr(self._ledger.bytes, kind))
 
@@ -230,15 +230,13 @@ class Sender:
         estimate = self.consumed_estimate()
         if remaining_bytes is None or estimate is None or estimate.raw_bps <= 0:
             return None
-        waiting = (
-            self.backlog.bytes_waiting + self._link.connection.window.outstanding_raw_bytes
-        )
+        waiting = self.backlog.bytes_waiting + self._link.session.window.outstanding_raw_bytes
         return (remaining_bytes + waiting) / estimate.raw_bps * 1000 + HANDOVER_RESERVE_MS
 
     def take_ack(self) -> None:
         """Use an acknowledgement that the connection has just applied to its window."""
         now_ns = self._now_ns()
-        window = self._link.connection.window
+        window = self._link.session.window
         newest = 0
         while self._sent_ns and next(iter(self._sent_ns)) <= window.consumed_seq:
             newest = self._sent_ns.pop(next(iter(self._sent_ns)))

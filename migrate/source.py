@@ -55,8 +55,8 @@ from proto.errors import QemuStreamError
 from proto.guest_events import GuestEvent
 from proto.limits import MAX_DATA_BYTES
 from proto.link import messages
-from proto.link.connection import LinkConnection
 from proto.link.messages import Message
+from proto.link.session import LinkSession
 from proto.link.state import LinkState, Role
 from proto.packing import clip_text
 from proto.qemu.format import RP_SHUT
@@ -327,12 +327,12 @@ class SourceRun:
         """
         sender = self._sender
         assert sender is not None
-        window = link.connection.window
+        window = link.session.window
 
         def progress() -> Hashable:
             if outbound.state.switchover_at_ns is None:
                 return object()
-            keep_alives = link.connection.sent_bytes["control"]
+            keep_alives = link.session.sent_bytes["control"]
             return link.written_bytes - keep_alives, window.consumed_seq
 
         # A frame is paid for before it is sent: at the lowest rates that alone takes a minute.
@@ -360,8 +360,7 @@ class SourceRun:
         deadline = trio.current_time() + params.connect_timeout_s
         with trio.move_on_after(params.connect_timeout_s):
             sock = await self._runtime.connect(params.to, "migrate-dst")
-            connection = LinkConnection(Role.SOURCE)
-            return Link(sock, connection, f"migrate-dst at {params.to}")
+            return Link(sock, LinkSession(Role.SOURCE), f"migrate-dst at {params.to}")
         waited = trio.current_time() - deadline + params.connect_timeout_s
         raise ConnectError(f"migrate-dst at {params.to} did not answer within {waited:.0f} s")
 
@@ -416,7 +415,7 @@ class SourceRun:
         except QemuStreamError as error:
             raise PeerProtocolError(f"the destination QEMU's return path: {error}") from error
         # The link's state moves with the message itself; the handover may not have run since.
-        if 0 in shuts and handover.link.connection.state is not LinkState.VERIFIED:
+        if 0 in shuts and handover.link.session.state is not LinkState.VERIFIED:
             raise PeerProtocolError("the destination QEMU says SHUT before it was verified")
         await guest.answer(data)
         if 0 in shuts:

@@ -52,6 +52,19 @@ MAX_IDSTR_BYTES: Final = 255
 MAX_BLOCK_PAGES: Final = 1 << 32
 """Pages of a RAM block: 16 TiB, what a u32 page number can address."""
 
+MAX_STREAMS: Final = 16
+"""Connections of one link: more share no bottleneck better, and each may keep a frame."""
+
+MIN_JOIN_TOKEN_BYTES: Final = 16
+"""What admits a further connection: nobody guesses 128 random bits."""
+
+MAX_AHEAD_FRAMES: Final = 16384
+"""Numbered frames that may arrive before one that is missing: bounds what is kept of tiny ones;
+full ones of so many are 16 GiB, beyond every other limit."""
+
+MAX_AHEAD_BYTES: Final = 80 << 20
+"""Bytes of the same: the source's window, 64 MiB at most, and frames that were begun within it."""
+
 MAX_START_BYTES: Final = 512 * 1024
 """QEMU's START section of RAM, verbatim: 1024 blocks with the longest names take 300 KiB."""
 

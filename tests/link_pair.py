@@ -5,11 +5,12 @@ import itertools
 
 from proto.guest_events import NEED_DATA, OpaqueKind
 from proto.link import messages as m
-from proto.link.connection import Event, LinkClosed, LinkConnection
+from proto.link.connection import LinkConnection
 from proto.link.dispatch import FRAMES, encode_message
 from proto.link.frames import Buffer, FrameType, encode_frame
 from proto.link.messages import Message
 from proto.link.pages import PageBatch
+from proto.link.session import Event, LinkClosed, LinkSession
 from proto.link.state import Direction, LinkState, Role, next_state
 from tests.strategies import BLOCKS, CACHE_SLOTS, page_array, receive, same_message
 
@@ -46,26 +47,51 @@ def welcome(kind: m.CommitKind = m.CommitKind.HELD, slots: int = CACHE_SLOTS) ->
     return m.Welcome(kind.value, slots, None, "not asked")
 
 
-def feed(end: LinkConnection, data: Buffer) -> list[Event]:
+class End(LinkSession):
+    """One end of a link with the receiving halves of its connections."""
+
+    def __init__(self, role: Role, *, capabilities: frozenset[str] = frozenset()) -> None:
+        super().__init__(role, capabilities=capabilities)
+        self.connections = {0: LinkConnection(role)}
+
+    @property
+    def received_bytes(self) -> int:
+        return sum(connection.received_bytes for connection in self.connections.values())
+
+    def put(self, data: Buffer, number: int = 0) -> None:
+        """Have bytes arrive on a connection."""
+        rest, connection = data, self.connections[number]
+        while True:
+            while (arrival := connection.next_arrival()) is not NEED_DATA:
+                assert not isinstance(arrival, type(NEED_DATA))
+                self.receive(arrival, number)
+            if connection.ended or not len(rest):
+                return
+            rest = rest[receive(rest, connection.get_buffer, connection.buffer_updated) :]
+
+    def eof(self, number: int = 0) -> None:
+        """Have a connection end."""
+        self.connections[number].eof()
+        self.put(b"", number)
+
+
+def feed(end: End, data: Buffer, number: int = 0) -> list[Event]:
     """Give an end bytes and take every event they make."""
+    end.put(data, number)
     events: list[Event] = []
-    rest = data
-    while True:
-        while (event := end.next_event()) is not NEED_DATA:
-            assert not isinstance(event, type(NEED_DATA))
-            events.append(event)
-            if isinstance(event, LinkClosed):
-                return events
-        if not len(rest):
-            return events
-        rest = rest[receive(rest, end.get_buffer, end.buffer_updated) :]
+    while (event := end.next_event()) is not NEED_DATA:
+        assert not isinstance(event, type(NEED_DATA))
+        events.append(event)
+        if isinstance(event, LinkClosed):
+            break
+    return events
 
 
 class Pair:
     """Both ends; every message goes through both and must arrive as it was sent."""
 
     def __init__(self, kind: m.CommitKind = m.CommitKind.HELD) -> None:
-        self.ends = {role: LinkConnection(role) for role in Role}
+        self.ends = {role: End(role) for role in Role}
         self.src, self.dst = self.ends[Role.SOURCE], self.ends[Role.DESTINATION]
         self.kind = kind
         self.said = {Role.SOURCE: b"", Role.DESTINATION: b""}
@@ -118,6 +144,8 @@ EXAMPLES: dict[FrameType, Message] = {
         m.OldCopy(0, b"", is_last=True),
         m.KeepAlive(),
         m.Abort("cancelled", "by the user", "source"),
+        m.Join(DIGEST, bytes(16), 1),
+        m.Joined(),
         m.Bye(),
     ]
 }
@@ -134,9 +162,7 @@ def example(frame_type: FrameType, kind: m.CommitKind) -> Message:
     return EXAMPLES[frame_type]
 
 
-def step(
-    end: LinkConnection, frame_type: FrameType, direction: Direction, kind: m.CommitKind
-) -> None:
+def step(end: End, frame_type: FrameType, direction: Direction, kind: m.CommitKind) -> None:
     """Let an end say or hear a message."""
     message = example(frame_type, kind)
     if direction is Direction.SENT:
@@ -166,8 +192,8 @@ def walks(role: Role, kind: m.CommitKind) -> dict[LinkState, Steps]:
     return ways | spread({LinkState.PRECOPY: prefix})
 
 
-def end_in(role: Role, kind: m.CommitKind, way: Steps) -> LinkConnection:
-    end = LinkConnection(role)
+def end_in(role: Role, kind: m.CommitKind, way: Steps) -> End:
+    end = End(role)
     for frame_type, direction in way:
         step(end, frame_type, direction, kind)
     return end

@@ -140,6 +140,7 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
         return_path=st.booleans(),
         paused_at_start=st.booleans(),
         optional=name_lists,
+        streams=st.integers(1, 16),
         vm_id=st.none() | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
     ),
     FrameType.COMMIT: st.just(m.Commit()),
@@ -157,6 +158,8 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
         landed=st.lists(names, max_size=3).map(tuple),
         warnings=st.lists(texts, max_size=3).map(tuple),
         old_pages=st.integers(0, 1 << 24),
+        streams=st.integers(1, 16),
+        join_token=st.binary(max_size=64),
     ),
     FrameType.REFUSED: st.builds(m.Refused, names, texts),
     FrameType.ACK: st.builds(m.Ack, u64, u64),
@@ -174,6 +177,10 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
         st.lists(digests, min_size=1, max_size=5).map(b"".join),
         st.booleans(),
     ),
+    FrameType.JOIN: st.builds(
+        m.Join, digests, st.binary(min_size=16, max_size=64), st.integers(1, 15)
+    ),
+    FrameType.JOINED: st.just(m.Joined()),
     FrameType.KEEPALIVE: st.just(m.KeepAlive()),
     FrameType.ABORT: st.builds(m.Abort, names, texts, st.sampled_from(m.GUEST_ON)),
     FrameType.BYE: st.just(m.Bye()),

@@ -17,10 +17,11 @@ from migrate.transport.channels import (
     tune_link,
 )
 from proto.errors import RemoteProtocolError, VersionMismatchError
-from proto.guest_events import NEED_DATA
-from proto.link.connection import Event, LinkClosed, LinkConnection
+from proto.guest_events import NEED_DATA, NeedData
+from proto.link.connection import LinkConnection
 from proto.link.frames import FrameType
 from proto.link.messages import Abort, KeepAlive, Message
+from proto.link.session import Event, LinkClosed, LinkSession
 from proto.link.state import ENDED, LinkState
 
 KEEPALIVE_S = 2.0
@@ -47,11 +48,11 @@ class Link:
     """One connection to the other command. Any task may send, one task receives.
 
     Attributes:
-        connection: The protocol state; its byte accounts are the migration's.
+        session: The protocol state; its byte accounts are the migration's.
         peer: The other end's address, for messages.
     """
 
-    def __init__(self, sock: LinkSocket, connection: LinkConnection, peer: str) -> None:
+    def __init__(self, sock: LinkSocket, session: LinkSession, peer: str) -> None:
         tune_link(sock)
         self._sock = sock
         self._send_lock = trio.Lock()
@@ -59,13 +60,19 @@ class Link:
         self._unsent = LINK_NOTSENT_BYTES
         self._broken = ""
         self._cut_off: list[memoryview] = []
-        self.connection = connection
+        self._connection = LinkConnection(session.role)
+        self.session = session
         self.peer = peer
 
     @property
     def sent_bytes(self) -> int:
         """Bytes written to the link so far."""
-        return sum(self.connection.sent_bytes.values())
+        return sum(self.session.sent_bytes.values())
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that came from the peer so far."""
+        return self._connection.received_bytes
 
     @property
     def written_bytes(self) -> int:
@@ -90,9 +97,9 @@ class Link:
                 raise PeerLostError(self._broken)
             if self._cut_off:
                 await self._send_views()
-            if self.connection.state in PEER_GONE and not self._may_send(message.frame_type):
+            if self.session.state in PEER_GONE and not self._may_send(message.frame_type):
                 raise PeerLostError(f"{self.peer} has ended the migration")
-            buffers: list[Buffer] = self.connection.send(message)
+            buffers: list[Buffer] = self.session.send(message)
             length = sum(map(len, buffers))
             if framed is not None:
                 framed(length)
@@ -117,7 +124,7 @@ class Link:
             PeerProtocolError: The peer broke the protocol.
         """
         try:
-            while (event := self.connection.next_event()) is NEED_DATA:
+            while (event := self._next_event()) is NEED_DATA:
                 await self._fill()
         except VersionMismatchError as error:
             raise PeerProtocolError(
@@ -127,19 +134,27 @@ class Link:
             raise PeerProtocolError(f"{self.peer} broke the link protocol: {error}") from error
         return self._message(event)
 
+    def _next_event(self) -> Event | NeedData:
+        while (event := self.session.next_event()) is NEED_DATA:
+            arrival = self._connection.next_arrival()
+            if isinstance(arrival, NeedData):
+                return NEED_DATA
+            self.session.receive(arrival)
+        return event
+
     def _message(self, event: Event) -> Message | None:
         if not isinstance(event, LinkClosed):
             return event
         if event.orderly:
             return None
-        greeted = self.connection.hello is not None
+        greeted = self.session.hello is not None
         when = "in the middle of the migration" if greeted else "before it introduced itself"
         raise PeerLostError(f"{self.peer} closed the connection {when}")
 
     async def _fill(self) -> None:
         try:
             with trio.fail_after(PEER_SILENCE_S):
-                buffer = self.connection.get_buffer()
+                buffer = self._connection.get_buffer()
                 self._wake_at(min(len(buffer), WAKE_BYTES))
                 count = await self._sock.recv_into(buffer)
         except trio.TooSlowError:
@@ -151,16 +166,16 @@ class Link:
                 f"lost the connection to {self.peer}: {reason(error)}"
             ) from error
         if count:
-            self.connection.buffer_updated(count)
+            self._connection.buffer_updated(count)
         else:
-            self.connection.eof()
+            self._connection.eof()
 
     def _wake_at(self, wanted_bytes: int) -> None:
         """Be woken once per ``WAKE_BYTES`` of a large payload, not once per segment.
 
         For anything but a payload that is known to be under way, one byte must wake us.
         """
-        low_water = wanted_bytes if self.connection.receiving_payload else 1
+        low_water = wanted_bytes if self._connection.receiving_payload else 1
         if low_water != self._low_water:
             self._low_water = low_water
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
@@ -187,7 +202,7 @@ class Link:
                 await self.send(message)
 
     def _may_send(self, frame_type: FrameType) -> bool:
-        return not self._broken and self.connection.may_send(frame_type)
+        return not self._broken and self.session.may_send(frame_type)
 
     async def farewell(self, message: Message) -> None:
         """Say a last word, if it is legal, and wait until the peer has closed its end.

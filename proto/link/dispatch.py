@@ -362,6 +362,7 @@ FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
         FrameType.DIGEST_QUERY: FrameRule(
             False, MAX_MESSAGE_HEADER_BYTES, 0, True, False, _encode_query, _decode_query
         ),
+        FrameType.JOIN: _map(m.Join, "source", _SMALL),
         FrameType.WELCOME: _map(m.Welcome, "destination", MAX_GREETING_BYTES),
         FrameType.REFUSED: _map(m.Refused, "destination", _SMALL),
         FrameType.ACK: FrameRule(False, ACK.size, 0, False, True, _encode_ack, _decode_ack),
@@ -390,6 +391,7 @@ FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
             _encode_old_copy,
             _decode_old_copy,
         ),
+        FrameType.JOINED: _map(m.Joined, "destination", 0),
         FrameType.KEEPALIVE: _map(m.KeepAlive, "both", 0),
         FrameType.ABORT: _map(m.Abort, "both", _SMALL),
         FrameType.BYE: _map(m.Bye, "both", 0),

@@ -18,11 +18,13 @@ from proto.limits import (
     MAX_NAME_BYTES,
     MAX_OLD_PAGES,
     MAX_RAM_BLOCKS,
+    MAX_STREAMS,
     MAX_TEXT_BYTES,
     MAX_TOKEN_BYTES,
     MAX_VM_ID_BYTES,
     MAX_WARNINGS,
     MIGRATION_ID_BYTES,
+    MIN_JOIN_TOKEN_BYTES,
 )
 from proto.link.frames import FrameType
 from proto.link.messages import GUEST_ON, CommitKind
@@ -44,6 +46,8 @@ U16: Final = integer(0, (1 << 16) - 1)
 U64: Final = integer(0, (1 << 64) - 1)
 SLOTS: Final = integer(0, MAX_CACHE_SLOTS)
 DIGEST: Final = binary(DIGEST_BYTES, DIGEST_BYTES)
+MIGRATION_ID: Final = binary(MIGRATION_ID_BYTES, MIGRATION_ID_BYTES)
+STREAMS: Final = integer(1, MAX_STREAMS)
 NAME: Final = text(MAX_NAME_BYTES, 1)
 TEXT: Final = text(MAX_TEXT_BYTES)
 NAMES: Final = sequence(NAME, MAX_CAPABILITIES)
@@ -69,7 +73,7 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
         FrameType.HELLO: {
             "version": U16,
             "oldest": U16,
-            "migration_id": binary(MIGRATION_ID_BYTES, MIGRATION_ID_BYTES),
+            "migration_id": MIGRATION_ID,
             "token": binary(MAX_TOKEN_BYTES),
             "required": NAMES,
             "optional": NAMES,
@@ -81,10 +85,16 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
             "return_path": boolean,
             "paused_at_start": boolean,
             "vm_id": optional(VM_ID),
+            "streams": STREAMS,
         },
         FrameType.COMMIT: {},
         FrameType.SOURCE_DONE: {},
         FrameType.DIGEST_QUERY: {"ranges": sequence(RANGE, MAX_DIGEST_RANGES, 1)},
+        FrameType.JOIN: {
+            "migration_id": MIGRATION_ID,
+            "join_token": binary(MAX_TOKEN_BYTES, MIN_JOIN_TOKEN_BYTES),
+            "connection": integer(1, MAX_STREAMS - 1),
+        },
         FrameType.WELCOME: {
             "version": U16,
             "capabilities": NAMES,
@@ -95,6 +105,8 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
             "facts_missing": TEXT,
             "warnings": sequence(TEXT, MAX_WARNINGS),
             "old_pages": integer(0, MAX_OLD_PAGES),
+            "streams": STREAMS,
+            "join_token": binary(MAX_TOKEN_BYTES),
         },
         FrameType.REFUSED: {"code": NAME, "message": TEXT},
         FrameType.VERIFIED: {"ram_digest": DIGEST, "page_count": U64},
@@ -108,6 +120,7 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
         },
         FrameType.READY: {},
         FrameType.RUNNING: {"run_state": NAME, "load_ns": U64, "resume_ns": U64},
+        FrameType.JOINED: {},
         FrameType.KEEPALIVE: {},
         FrameType.ABORT: {"code": NAME, "message": TEXT, "guest_on": one_of(*GUEST_ON)},
         FrameType.BYE: {},

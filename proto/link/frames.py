@@ -39,6 +39,11 @@ MAGIC: Final = b"\xd7PCL"
 
 FRAME_HEADER: Final = struct.Struct("<4sBBHIIQ")
 
+HEAD_BYTES: Final = 4096
+"""Received at a time where a large payload is expected: a head, and little of what follows."""
+
+LARGE_BYTES: Final = 64 * 1024
+
 _CRC_OFFSET: Final = 12
 _NO_CRC: Final = bytes(4)
 
@@ -58,6 +63,7 @@ class FrameType(enum.IntEnum):
     COMMIT = 33
     SOURCE_DONE = 34
     DIGEST_QUERY = 35
+    JOIN = 36
 
     WELCOME = 64
     REFUSED = 65
@@ -69,6 +75,7 @@ class FrameType(enum.IntEnum):
     READY = 71
     RUNNING = 72
     OLD_COPY = 73
+    JOINED = 74
 
     KEEPALIVE = 96
     ABORT = 97
@@ -99,7 +106,8 @@ class Frame:
         seq: Sequence number, 0 for control frames.
         header: Message header, a private copy.
         payload: Payload in memory of its own, writable; empty ``bytes`` if there is none.
-        index: Position among the frames of this connection, from 0; for error texts.
+        index: Position among the frames of its connection, from 0; for error texts.
+        connection: Number of the connection that brought it, 0 = the first.
     """
 
     frame_type: FrameType
@@ -107,12 +115,14 @@ class Frame:
     header: bytes
     payload: Buffer
     index: int = 0
+    connection: int = 0
 
     @property
     def where(self) -> str:
         """The frame in words, for errors."""
         number = f", seq {self.seq}" if self.seq else ""
-        return f"frame {self.index} ({self.frame_type.name}{number})"
+        place = f" of connection {self.connection}" if self.connection else ""
+        return f"frame {self.index}{place} ({self.frame_type.name}{number})"
 
     @property
     def wire_bytes(self) -> int:
@@ -160,11 +170,20 @@ class FrameDecoder:
     Loop: take frames with ``next_frame`` until ``NEED_DATA``; receive into ``get_buffer()``;
     tell ``buffer_updated`` how much arrived. After an error every call raises the same error
     again.
+
+    Attributes:
+        connection: Number of the connection, which its frames carry.
     """
 
-    def __init__(self, shapes: Mapping[int, FrameShape]) -> None:
-        """Accept the frame types that are keys of ``shapes``, within their limits."""
+    def __init__(self, shapes: Mapping[int, FrameShape], connection: int = 0) -> None:
+        """Accept the frame types that are keys of ``shapes``, within their limits.
+
+        Args:
+            shapes: What each type may look like.
+            connection: Number of the connection.
+        """
         self._shapes = shapes
+        self.connection = connection
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._start = 0
         self._end = 0
@@ -172,6 +191,7 @@ class FrameDecoder:
         self._header = b""
         self._payload: memoryview | None = None
         self._filled = 0
+        self._large = False
         self._index = 0
         self._offset = 0
         self._eof = False
@@ -198,7 +218,10 @@ class FrameDecoder:
             raise LocalProtocolError(
                 "receive buffer is full: take the frames before reading on"
             )
-        return self._scratch[self._end :]
+        # Behind a large payload the next head probably has one, too: what of it lands here is
+        # copied once more.
+        end = self._end + HEAD_BYTES if self._large else SCRATCH_BYTES
+        return self._scratch[self._end : end]
 
     def buffer_updated(self, received_bytes: int) -> None:
         """Say how many bytes were received into the buffer from ``get_buffer``."""
@@ -296,12 +319,15 @@ class FrameDecoder:
         if self._fixed is None:
             raise LocalProtocolError("no frame was begun")
         payload: Buffer = b"" if self._payload is None else self._payload
-        frame = Frame(self._fixed[0], self._fixed[4], self._header, payload, self._index)
+        kind, seq = self._fixed[0], self._fixed[4]
+        frame = Frame(kind, seq, self._header, payload, self._index, self.connection)
+        self._large = len(payload) >= LARGE_BYTES
         self._offset += frame.wire_bytes
         self._index += 1
         self._fixed = self._payload = None
         return frame
 
     def _refuse(self, offset: int, expected: str, got: str) -> FrameError:
-        where = f"frame {self._index}, byte {self._offset + offset} of the connection"
+        place = f"connection {self.connection}" if self.connection else "the connection"
+        where = f"frame {self._index}, byte {self._offset + offset} of {place}"
         return FrameError(where, expected, got)

@@ -138,6 +138,7 @@ class Hello:
         required: Capabilities without which the source does not go on.
         optional: Capabilities it would use.
         vm_id: Identity of the VM that comes; ``None``: nothing kept of it may be used.
+        streams: Connections the source would open in all.
         version: Protocol version of the source.
         oldest: Oldest version it speaks.
     """
@@ -154,6 +155,7 @@ class Hello:
     return_path: bool = True
     paused_at_start: bool = False
     vm_id: str | None = None
+    streams: int = 1
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     version: int = PROTOCOL_VERSION
@@ -174,6 +176,8 @@ class Welcome:
         warnings: What a person should know, one sentence each.
         old_pages: Slots of the old copy: as many pages may be announced, and no more; 0 = there
             is none.
+        streams: Connections that will be taken in all, this one among them; at most those wished.
+        join_token: The secret that admits the further ones; empty if there are none.
         version: Protocol version that will be used.
     """
 
@@ -187,17 +191,43 @@ class Welcome:
     landed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     old_pages: int = 0
+    streams: int = 1
+    join_token: bytes = b""
     version: int = PROTOCOL_VERSION
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """REFUSED: the destination does not take the migration, and why."""
+    """REFUSED: the destination does not take the migration, or the connection, and why."""
 
     frame_type: ClassVar[FrameType] = FrameType.REFUSED
 
     code: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """JOIN: a further connection of a migration; first message there.
+
+    Attributes:
+        migration_id: As HELLO named it.
+        join_token: As WELCOME gave it.
+        connection: Its number, from 1.
+    """
+
+    frame_type: ClassVar[FrameType] = FrameType.JOIN
+
+    migration_id: bytes
+    join_token: bytes
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """JOINED: numbered frames may come on this connection."""
+
+    frame_type: ClassVar[FrameType] = FrameType.JOINED
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +411,8 @@ Message = (
     | Ready
     | Running
     | OldCopy
+    | Join
+    | Joined
     | KeepAlive
     | Abort
     | Bye

@@ -6,6 +6,12 @@ legal now is in this file. Rule 2: this file knows neither the messages' content
 The rows that depend on who commits (``CommitKind``) stand in tables of their own and hold from
 WELCOME on.
 
+Numbered messages make their moves in the order of their numbers, whatever connection brings them;
+control messages come on the first connection, in their own order. So the two may overtake each
+other, and no row of the destination's may depend on which came first: what the source says beyond
+KEEPALIVE and ABORT answers something that the destination said of what it had received. Further
+connections have small tables of their own.
+
 Both roles use the same state names; they are mirror images except after an ABORT, a REFUSED or
 a BYE, when what the other end sent before it knew may still arrive. ``docs/states.md`` is
 printed from these tables.
@@ -79,6 +85,19 @@ class LinkState(enum.Enum):
     """The peer broke the protocol; nothing more is read."""
 
 
+class JoinState(enum.Enum):
+    """How far a further connection got."""
+
+    UNJOINED = "unjoined"
+    """Nothing was said; the source begins."""
+    JOINING = "joining"
+    """JOIN is out; the destination answers."""
+    JOINED = "joined"
+    """Numbered messages may come."""
+    REFUSED = "refused"
+    """The destination does not take the connection; the migration goes on without it."""
+
+
 Key = tuple[LinkState, FrameType, Direction]
 Table = Mapping[Key, LinkState]
 
@@ -112,12 +131,12 @@ _BEFORE_VERDICT: Final = _GREETED[1 : _GREETED.index(_S.STATE_COMPLETE) + 1]
 _REVOCABLE: Final = _GREETED[:-2]
 """Before COMMIT: either side may give up. Afterwards only the destination, while it commits."""
 
-_COMPLETE: Final = (_S.STATE_COMPLETE, _S.MISMATCHED, _S.VERIFIED, _S.READY)
-"""Everything was sent: the source QEMU may complete, early if nobody answers its return path.
-"""
+_JUDGED: Final = (_S.MISMATCHED, _S.VERIFIED, _S.READY)
+"""Everything was received and compared: the source QEMU may complete, early if nobody answers its
+return path."""
 
-_DESTINATION_SENDS: Final = tuple(t for t in _T if t >= 64)
-_SOURCE_SENDS: Final = tuple(t for t in _T if t < 64 or t >= 96)
+_DESTINATION_SENDS: Final = tuple(t for t in _T if t >= 64 and t != _T.JOINED)
+_SOURCE_SENDS: Final = tuple(t for t in _T if (t < 64 or t >= 96) and t != _T.JOIN)
 
 SOURCE: Final[Table] = MappingProxyType(
     {
@@ -143,7 +162,7 @@ SOURCE: Final[Table] = MappingProxyType(
         (_S.STATE_COMPLETE, _T.MISMATCH, _IN): _S.MISMATCHED,
         (_S.MISMATCHED, _T.DIGEST_QUERY, _OUT): _S.BISECTING,
         (_S.BISECTING, _T.DIGEST_REPLY, _IN): _S.MISMATCHED,
-        **{(s, _T.SOURCE_DONE, _OUT): s for s in _COMPLETE},
+        **{(s, _T.SOURCE_DONE, _OUT): s for s in _JUDGED},
         (_S.COMMITTING, _T.COMMIT, _OUT): _S.COMMITTING,
         (_S.COMMITTING, _T.RUNNING, _IN): _S.RUNNING,
         (_S.COMMITTING, _T.ABORT, _IN): _S.ABORTED,
@@ -198,7 +217,7 @@ DESTINATION: Final[Table] = MappingProxyType(
         (_S.STATE_COMPLETE, _T.MISMATCH, _OUT): _S.MISMATCHED,
         (_S.MISMATCHED, _T.DIGEST_QUERY, _IN): _S.BISECTING,
         (_S.BISECTING, _T.DIGEST_REPLY, _OUT): _S.MISMATCHED,
-        **{(s, _T.SOURCE_DONE, _IN): s for s in _COMPLETE},
+        **{(s, _T.SOURCE_DONE, _IN): s for s in _JUDGED},
         (_S.COMMITTING, _T.COMMIT, _IN): _S.COMMITTING,
         (_S.COMMITTING, _T.RUNNING, _OUT): _S.RUNNING,
         (_S.COMMITTING, _T.ABORT, _OUT): _S.ABORT_SENT,
@@ -264,8 +283,46 @@ DESTINATION_BY_KIND: Final[Mapping[CommitKind, Table]] = MappingProxyType(
 )
 """The destination's further rows, by the kind of commit that WELCOME named."""
 
+JoinTable = Mapping[tuple[JoinState, FrameType, Direction], JoinState]
+
+_J: Final = JoinState
+_NUMBERED: Final = tuple(t for t in _T if t < 32)
+
+FURTHER_SOURCE: Final[JoinTable] = MappingProxyType(
+    {
+        (_J.UNJOINED, _T.JOIN, _OUT): _J.JOINING,
+        (_J.JOINING, _T.JOINED, _IN): _J.JOINED,
+        (_J.JOINING, _T.REFUSED, _IN): _J.REFUSED,
+        **{(_J.JOINED, t, _OUT): _J.JOINED for t in _NUMBERED},
+        **{(_J.JOINED, _T.KEEPALIVE, d): _J.JOINED for d in Direction},
+    }
+)
+"""The source's rows for a further connection. Numbered messages and KEEPALIVE must be legal by the
+migration's state as well."""
+
+FURTHER_DESTINATION: Final[JoinTable] = MappingProxyType(
+    {
+        (_J.UNJOINED, _T.JOIN, _IN): _J.JOINING,
+        (_J.JOINING, _T.JOINED, _OUT): _J.JOINED,
+        (_J.JOINING, _T.REFUSED, _OUT): _J.REFUSED,
+        **{(_J.JOINED, t, _IN): _J.JOINED for t in _NUMBERED},
+        **{(_J.JOINED, _T.KEEPALIVE, d): _J.JOINED for d in Direction},
+    }
+)
+"""The destination's rows for a further connection, likewise."""
+
 LAST_WORDS: Final = (_T.REFUSED, _T.ABORT)
 """What may still be said, once, to a peer that broke the protocol, if it was legal before."""
+
+VOID: Final = frozenset({_S.ABORTED, _S.BYE_RECEIVED, _S.CLOSED})
+"""The source has said its last word: numbered messages of before that come later, on further
+connections, mean nothing any more and are dropped unread."""
+
+JOINABLE: Final = frozenset({_S.SETUP, _S.PRECOPY})
+"""States in which further connections may be opened."""
+
+FLOWING: Final = frozenset({_S.SETUP, _S.PRECOPY, _S.STOP_AND_COPY, _S.DEVICE_STATE})
+"""Numbered messages may be under way: the end of any connection is a lost link."""
 
 ENDED: Final = frozenset({_S.BYE_RECEIVED, _S.CLOSED, _S.REFUSED})
 """States in which the peer may close the connection without breaking off."""
@@ -298,3 +355,11 @@ def next_state(
     if found is None and kind is not None:
         found = by_kind[kind].get(key)
     return found
+
+
+def next_join_state(
+    role: Role, state: JoinState, frame_type: FrameType, direction: Direction
+) -> JoinState | None:
+    """Look up a move of a further connection; ``None`` if the message is not legal there now."""
+    table = FURTHER_SOURCE if role is Role.SOURCE else FURTHER_DESTINATION
+    return table.get((state, frame_type, direction))

@@ -12,8 +12,8 @@ from migrate.errors import PeerLostError, PeerProtocolError
 from migrate.session import wait_stalled
 from migrate.transport.link import PEER_SILENCE_S, Link
 from proto.link import messages
-from proto.link.connection import LinkConnection
 from proto.link.messages import CommitKind, Hello, Message, Welcome
+from proto.link.session import LinkSession
 from proto.link.state import Role
 from tests.link_pair import HELLO, PAGES, TABLE, welcome
 
@@ -33,14 +33,14 @@ async def connected() -> AsyncIterator[tuple[Link, trio.SocketStream]]:
         near = await trio.open_tcp_stream("127.0.0.1", port)
         far = await listener.accept()
     async with near, far:
-        yield Link(near.socket, LinkConnection(Role.SOURCE), "migrate-dst"), far
+        yield Link(near.socket, LinkSession(Role.SOURCE), "migrate-dst"), far
 
 
 @asynccontextmanager
 async def linked() -> AsyncIterator[tuple[Link, Link]]:
     """Both ends, greeted, with a RAM block table on its way."""
     async with connected() as (source, stream):
-        destination = Link(stream.socket, LinkConnection(Role.DESTINATION), "migrate-src")
+        destination = Link(stream.socket, LinkSession(Role.DESTINATION), "migrate-src")
         await source.send(HELLO)
         assert isinstance(await destination.receive(), Hello)
         await destination.send(welcome(CommitKind.HELD))
@@ -157,7 +157,7 @@ async def test_cancelled_message_is_finished_before_the_next() -> None:
             nursery.start_soon(send_forever, source)
             await trio.testing.wait_all_tasks_blocked(0.1)
             nursery.cancel_scope.cancel()
-        sent = source.connection.window.sent_seq
+        sent = source.session.window.sent_seq
         received: list[Message] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(
@@ -167,7 +167,7 @@ async def test_cancelled_message_is_finished_before_the_next() -> None:
                 message = await destination.receive()
                 assert message is not None
                 received.append(message)
-        assert destination.connection.sequence.received_seq == sent
+        assert destination.session.sequence.received_seq == sent
 
 
 async def test_farewell_that_is_not_legal_is_not_sent() -> None:

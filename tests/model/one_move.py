@@ -20,12 +20,12 @@ from migrate.simulation.ram import SimulatedRam
 from proto.codecs import CodecId, decode, make_codec
 from proto.guest_events import MAX_RUN_PAGES, PageRun, RamBlock, ZeroRun
 from proto.link import messages as m
-from proto.link.connection import LinkClosed, LinkConnection
 from proto.link.messages import Message
 from proto.link.page_lists import split_zero_pages
 from proto.link.pages import PageBatch, bytes_by_class
+from proto.link.session import LinkClosed
 from proto.link.state import LinkState, Role
-from tests.link_pair import feed
+from tests.link_pair import End, feed
 from tests.simulated import FakeTime
 
 
@@ -73,7 +73,7 @@ class Move:
             allocate=self.ram.lend_rows,
             fresh_blocks=frozenset({0}),
         )
-        self._near, self._far = LinkConnection(Role.SOURCE), LinkConnection(Role.DESTINATION)
+        self._near, self._far = End(Role.SOURCE), End(Role.DESTINATION)
         self._under_way: deque[bytes] = deque()
         self._hashes = [xxhash.xxh3_128(seed=seed) for _ in range(2)]
         self._ledger = Ledger()

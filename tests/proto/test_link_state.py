@@ -13,11 +13,16 @@ from proto.link.state import (
     DESTINATION,
     DESTINATION_BY_KIND,
     ENDED,
+    FURTHER_DESTINATION,
+    FURTHER_SOURCE,
     SOURCE,
     SOURCE_BY_KIND,
+    VOID,
     Direction,
+    JoinState,
     LinkState,
     Role,
+    next_join_state,
     next_state,
 )
 
@@ -36,9 +41,11 @@ BEFORE_COMMIT = [
     LinkState.READY,
 ]
 
-# a whole world: both ends' states and what is under way in each direction
-World = tuple[LinkState, LinkState, tuple[FrameType, ...], tuple[FrameType, ...]]
-QUEUE = 3
+Types = tuple[FrameType, ...]
+# a whole world: both ends' states and what is under way: numbered messages, which may come over any
+# connection but make their moves in order, the source's control messages, the destination's
+World = tuple[LinkState, LinkState, Types, Types, Types]
+QUEUE = 2
 
 
 def role_may_send(role: Role, frame_type: FrameType) -> bool:
@@ -135,18 +142,29 @@ def hear(role: Role, kind: CommitKind, state: LinkState, message: FrameType) -> 
     return after
 
 
+def apply(kind: CommitKind, state: LinkState, message: FrameType) -> LinkState:
+    return state if state in VOID else hear(Role.DESTINATION, kind, state, message)
+
+
 def successors(world: World, kind: CommitKind) -> list[World]:
-    src, dst, forward, back = world
+    src, dst, numbered, control, back = world
     found: list[World] = []
-    if len(forward) < QUEUE:
-        found += [(s, dst, (*forward, t), back) for t, s in sends(Role.SOURCE, kind, src)]
+    for message, after in sends(Role.SOURCE, kind, src):
+        if FRAMES[message].numbered and len(numbered) < QUEUE:
+            found.append((after, dst, (*numbered, message), control, back))
+        elif not FRAMES[message].numbered and len(control) < QUEUE:
+            found.append((after, dst, numbered, (*control, message), back))
     if len(back) < QUEUE:
-        found += [(src, s, forward, (*back, t)) for t, s in sends(Role.DESTINATION, kind, dst)]
-    if forward:
-        heard = hear(Role.DESTINATION, kind, dst, forward[0])
-        found.append((src, heard, forward[1:], back))
+        for message, after in sends(Role.DESTINATION, kind, dst):
+            found.append((src, after, numbered, control, (*back, message)))
+    if numbered:
+        found.append((src, apply(kind, dst, numbered[0]), numbered[1:], control, back))
+    if control:
+        heard = hear(Role.DESTINATION, kind, dst, control[0])
+        found.append((src, heard, numbered, control[1:], back))
     if back:
-        found.append((hear(Role.SOURCE, kind, src, back[0]), dst, forward, back[1:]))
+        heard = hear(Role.SOURCE, kind, src, back[0])
+        found.append((heard, dst, numbered, control, back[1:]))
     return found
 
 
@@ -154,7 +172,7 @@ def successors(world: World, kind: CommitKind) -> list[World]:
 def test_two_ends_that_keep_to_the_tables_always_understand_each_other(
     kind: CommitKind,
 ) -> None:
-    start: World = (LinkState.START, LinkState.START, (), ())
+    start: World = (LinkState.START, LinkState.START, (), (), ())
     seen = {start}
     todo = deque(seen)
     while todo:
@@ -166,14 +184,28 @@ def test_two_ends_that_keep_to_the_tables_always_understand_each_other(
     assert reached >= {LinkState.CLOSED, LinkState.ABORTED, LinkState.REFUSED}
     commits = kind is not CommitKind.RELAYED
     assert (LinkState.RUNNING in reached) == commits
-    for src, dst, forward, back in seen:
+    for src, dst, numbered, control, back in seen:
         # one side may run: once COMMIT was said the source has given the guest away
         if dst is LinkState.RUNNING or FrameType.RUNNING in back:
             assert src not in BEFORE_COMMIT
             assert src is not LinkState.ABORT_SENT
+        if FrameType.COMMIT in control:
+            assert not numbered
         # nobody is stuck: an end that waits for nothing under way can say something itself
-        if not forward and not back and not {src, dst} & (ENDED | {LinkState.BYE_SENT}):
+        under_way = numbered or control or back
+        if not under_way and not {src, dst} & (ENDED | {LinkState.BYE_SENT}):
             assert sends(Role.SOURCE, kind, src) or sends(Role.DESTINATION, kind, dst)
+
+
+def test_further_connections_have_tables_of_the_right_sides() -> None:
+    for role, table in ((Role.SOURCE, FURTHER_SOURCE), (Role.DESTINATION, FURTHER_DESTINATION)):
+        other = Role.DESTINATION if role is Role.SOURCE else Role.SOURCE
+        for (state, frame_type, direction), after in table.items():
+            assert role_may_send(role if direction is SENT else other, frame_type)
+            assert next_join_state(role, state, frame_type, direction) is after
+            mirrored = (state, frame_type, RECEIVED if direction is SENT else SENT)
+            assert next_join_state(other, *mirrored) is after
+            assert state is not JoinState.REFUSED
 
 
 def test_the_printed_tables_are_fresh() -> None:

@@ -6,9 +6,9 @@ import pytest
 
 from proto.errors import LocalProtocolError, MessageError
 from proto.link import messages as m
-from proto.link.connection import LinkConnection
 from proto.link.dispatch import OLD_COPY, encode_message
 from proto.link.frames import FrameType, encode_frame
+from proto.link.session import LinkSession
 from proto.link.state import Role
 from tests.link_pair import DIGEST, HELLO, STATE, Pair, feed, welcome
 
@@ -76,4 +76,4 @@ def test_an_announcement_of_half_a_digest_or_of_nothing_is_refused() -> None:
 def test_an_identity_that_could_be_a_path_is_refused() -> None:
     for vm_id in ("../x", ".", "", "a/b", "a" * 65, "é"):
         with pytest.raises(LocalProtocolError, match="letters, digits"):
-            LinkConnection(Role.SOURCE).send(dataclasses.replace(HELLO, vm_id=vm_id))
+            LinkSession(Role.SOURCE).send(dataclasses.replace(HELLO, vm_id=vm_id))

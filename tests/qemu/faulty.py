@@ -102,7 +102,7 @@ def lose_frame() -> None:
         nonlocal lost
         if isinstance(message, PageBatch) and not lost and len(message.literal_pages) < 8:
             lost = True
-            buffers = self.connection.send(message)
+            buffers = self.session.send(message)
             if framed is not None:
                 framed(sum(map(len, buffers)))
             return 0

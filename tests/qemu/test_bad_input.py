@@ -13,8 +13,8 @@ import trio
 
 from migrate.qemu import queries
 from proto.link import messages
-from proto.link.connection import LinkConnection
 from proto.link.state import Role
+from tests.link_pair import End, feed
 from tests.qemu.commands import RAM_KIB, Bench, Command, Machine, free_port
 
 pytestmark = pytest.mark.qemu
@@ -162,7 +162,7 @@ def hello(**values: object) -> bytes:
         "facts": None,
     }
     message = messages.Hello(**(facts | values))  # type: ignore[arg-type]
-    return b"".join(LinkConnection(Role.SOURCE).send(message))
+    return b"".join(End(Role.SOURCE).send(message))
 
 
 NO_MAGIC = "broke the link protocol: frame 0, byte 0 of the connection: expected magic"
@@ -215,13 +215,10 @@ async def serve_destination(listener: trio.SocketListener, answer: bytes) -> Non
 
 def refusal() -> bytes:
     """A REFUSED as a destination of another version says it."""
-    connection = LinkConnection(Role.DESTINATION)
-    said = hello()
-    connection.get_buffer()[: len(said)] = said
-    connection.buffer_updated(len(said))
-    connection.next_event()
+    end = End(Role.DESTINATION)
+    feed(end, hello())
     message = messages.Refused("protocol", "install the same one on both sides")
-    return b"".join(connection.send(message))
+    return b"".join(end.send(message))
 
 
 @pytest.mark.parametrize(
