@@ -6,6 +6,7 @@ a failed run the guest is booted anew.
 
 import os
 import tempfile
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +29,8 @@ from migrate.session import most_telling
 from migrate.units import KIB
 
 BLAST_S: Final = 1.0
-BOOTS_MAX: Final = 4
-"""Of one guest; when it had to be booted so often its other runs are left out."""
+FAILED_BOOTS_MAX: Final = 3
+"""After so many in a row that led to no run, a guest's other runs are left out."""
 
 
 def guest_config(
@@ -87,37 +88,37 @@ class Comparison:
             self.say(f"link {name}: one TCP connection gets {rate * 8 / 1e6:.0f} Mbit/s")
 
     async def _serve(self, rig: Rig, qemu: str, guest: str, steps: list[Step]) -> None:
-        """Make all runs of one guest, with as many boots as it takes."""
-        for _ in range(BOOTS_MAX):
-            steps = [step for step in steps if not self._is_over(step)]
-            if not steps:
-                return
+        """Make all runs of one guest, with as many boots as it takes; none is tried twice."""
+        pending = deque(step for step in steps if not self._is_over(step))
+        failed_boots = 0
+        while pending and failed_boots < FAILED_BOOTS_MAX:
             self.say(f"QEMU {qemu}: booting guest {guest}")
+            n_before = len(pending)
             try:
-                await self._serve_one_boot(rig, steps)
-            except* (MigrationError, trio.TooSlowError) as group:
-                await trio.lowlevel.checkpoint()  # an interruption is no failure
+                await self._serve_one_boot(rig, pending)
+            except* (MigrationError, trio.TooSlowError, OSError) as group:
                 self.say(f"QEMU {qemu}, guest {guest}: {most_telling(group)}")
-        for step in steps:
-            if not self._is_over(step):
-                self._take(self._blank(step, "the guest could not be kept running"))
+            await trio.lowlevel.checkpoint()  # an interruption is no failure
+            failed_boots = failed_boots + 1 if len(pending) == n_before else 0
+        for step in pending:
+            self._take(self._blank(step, "the guest does not boot"))
 
     def _is_over(self, step: Step) -> bool:
         limit = self.plan.give_up
         given_up = limit > 0 and self.results.divergences(step) >= limit
         return given_up or self.results.is_settled(step)
 
-    async def _serve_one_boot(self, rig: Rig, steps: list[Step]) -> None:
-        config = guest_config(self.plan, steps[0].cell, self.content, is_source=True)
-        binary = self.binaries[steps[0].cell.qemu]
+    async def _serve_one_boot(self, rig: Rig, pending: deque[Step]) -> None:
+        """Take steps off ``pending`` and make them, while the source guest can be used again."""
+        config = guest_config(self.plan, pending[0].cell, self.content, is_source=True)
+        binary = self.binaries[pending[0].cell.qemu]
         async with rig.qemu(config, binary, rig.link.source, incoming=False) as source:
             # The first migration pays for much that later ones find ready.
-            first = steps[0].cell._replace(link=UNSHAPED)
+            first = pending[0].cell._replace(link=UNSHAPED)
             usable = await self._attempt(rig, source, Step(first, self.plan.modes[0], WARM_UP))
-            tried = set[Step]()
-            for step in steps:
-                if usable and step not in tried and not self._is_over(step):
-                    tried.add(step)
+            while usable and pending:
+                step = pending.popleft()
+                if not self._is_over(step):
                     usable = await self._attempt(rig, source, step)
 
     async def _attempt(self, rig: Rig, source: Endpoint, step: Step) -> bool:

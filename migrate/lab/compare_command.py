@@ -26,6 +26,7 @@ from migrate.lab.compare_table import (
     machine_lines,
     memory_table,
     ratios_table,
+    summarize,
 )
 from migrate.lab.engine import EngineMode
 from migrate.lab.native import NATIVE_MODES
@@ -151,6 +152,9 @@ def print_tables(results: Results, *, markdown: bool) -> None:
         print(f"- {line}")
     facts = "; ".join(machine_lines(results.machine))
     speeds = ", ".join(f"{name} {mbit:.0f}" for name, mbit in results.links_mbit_per_s.items())
+    loads = summarize(run.load_average for run in results.runs)
+    if loads is not None:
+        print(f"load average before the runs: {loads.text(1)}")
     print(f"{facts}; one TCP connection gets, in Mbit/s: {speeds}")
 
 
@@ -177,6 +181,7 @@ def _run(options: argparse.Namespace) -> int:
     facts = machine_facts(binaries, None if content is None else content.xxh3)
     if options.resume and options.json.exists():
         results = Results.load(options.json)
+        results.check_machine(facts)
     else:
         results = Results(facts, options.json)
     image = None if content is None else content.path

@@ -73,12 +73,12 @@ def _growing(gib: int) -> GuestKind:
 GUESTS: Final = {
     "idle": GuestKind("512 MiB of pages of files, no writes", _workload(files_mib=512)),
     "hot": GuestKind(
-        "256 MiB of pages of files, 20,000 page writes/s of 64 random bytes in 64 MiB",
-        _workload(files_mib=256, wws_mib=64, writes=20_000),
+        "128 MiB of pages of files, 20,000 page writes/s of 64 random bytes in 64 MiB",
+        _workload(files_mib=128, wws_mib=64, writes=20_000),
     ),
     "rewrite": GuestKind(
-        "256 MiB of pages of files, 4,000 whole pages/s of half-random content in 64 MiB",
-        _workload(files_mib=256, wws_mib=64, writes=4_000, touch=4096, rewrite="half"),
+        "128 MiB of pages of files, 4,000 whole pages/s of half-random content in 64 MiB",
+        _workload(files_mib=128, wws_mib=64, writes=4_000, touch=4096, rewrite="half"),
     ),
     "random": GuestKind(
         "512 MiB incompressible, 2,000 whole incompressible pages/s in 64 MiB of it",

@@ -90,6 +90,23 @@ class Results:
             raise ParamsError(f"{path} is no result of a comparison: {error!r}") from error
         return results
 
+    def check_machine(self, machine: dict[str, Any]) -> None:
+        """Check that runs made here belong into the same tables.
+
+        Raises:
+            ParamsError: They do not.
+        """
+        for name, value in machine.items():
+            known = self.machine.get(name)
+            if name == "qemu":
+                self.machine[name] = [*dict.fromkeys([*(known or []), *value])]
+            elif known is None:
+                self.machine[name] = value
+            elif value not in (None, known):
+                raise ParamsError(
+                    f"{self._path} was made on another machine: {name} {known!r}, here {value!r}"
+                )
+
     def begin(self, plan: Plan) -> None:
         """Note what the sitting that begins is to do."""
         self.plans.append(

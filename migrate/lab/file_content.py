@@ -26,6 +26,7 @@ from proto.guest_events import PAGE_SIZE
 FOLDERS: Final = ("/usr/bin", "/usr/sbin", "/usr/lib", "/usr/libexec", "/usr/share")
 FILE_PAGES_MAX: Final = 1024
 PROBE_BYTES: Final = 4096
+DIGEST_BYTES: Final = 16 * MIB
 ELF_MAGIC: Final = b"\x7fELF"
 KINDS: Final = ("program", "text", "other")
 
@@ -36,7 +37,8 @@ class FileContent:
 
     Attributes:
         path: The image; its size is a multiple of the page size.
-        xxh3: Digest of it all, so that tables of two machines can be told apart.
+        xxh3: Digest of its start, so that tables of two machines can be told apart; a smaller
+            image is the start of a larger one.
     """
 
     path: Path
@@ -133,4 +135,4 @@ def _whole_pages(path: Path) -> bytes:
 
 
 def _digest(path: Path) -> str:
-    return xxhash.xxh3_64_hexdigest(np.memmap(path, np.uint8, "r").data)
+    return xxhash.xxh3_64_hexdigest(np.memmap(path, np.uint8, "r")[:DIGEST_BYTES].data)

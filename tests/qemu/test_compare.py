@@ -11,6 +11,7 @@ import pytest
 
 from migrate.cli import lab
 from migrate.lab.compare_plan import WARM_UP
+from migrate.lab.compare_results import DONE, FAILED, NOT_CONVERGED
 from migrate.lab.netns import NAMESPACE_FILES
 
 pytestmark = pytest.mark.qemu
@@ -61,17 +62,45 @@ def test_every_way_to_migrate_gives_figures_that_fit_together(
     assert "| 7.2 | hot | 1gbit | prealloc | engine | 1/1 |" in capsys.readouterr().out
 
 
+KILLER = """#!{python}
+import os, sys
+from pathlib import Path
+from migrate.lab.processes import listener_pid
+os.kill(listener_pid(Path(sys.argv[sys.argv.index("--qmp") + 1])), 9)
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def killer(tmp_path: Path) -> Path:
+    """A folder with commands of which migrate-src only kills the guest's QEMU."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "migrate-dst").symlink_to(Path(sys.executable).parent / "migrate-dst")
+    (folder / "migrate-src").write_text(KILLER.format(python=sys.executable))
+    (folder / "migrate-src").chmod(0o755)
+    return folder
+
+
 @pytest.mark.timeout(120)
-def test_what_does_not_converge_is_called_off_and_the_guest_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_does_not_converge_is_called_off_and_what_fails_loses_only_itself(
+    tmp_path: Path, killer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = tmp_path / "raw.json"
-    words = ["--links", "5mbit", "--modes", "plain,engine", "--timeout", "2s"]
-    assert compare(*words, "--json", str(raw)) == 0
-    assert capsys.readouterr().out.count("did not converge: not finished within 2 s") == 2
+    words = ["--links", "5mbit", "--modes", "plain,killer,engine", "--timeout", "1s"]
+    assert compare(*words, "--engine", f"killer@{killer}=", "--json", str(raw)) == 1
+    told = capsys.readouterr()
+    assert told.out.count("did not converge: not finished within 1 s") == 2
     runs = json.loads(raw.read_text())["runs"]
-    # One warm-up: the guest was booted only once.
-    assert [run["outcome"] for run in runs] == ["done", *["did not converge"] * 2]
+    # After the one that did not converge the guest ran on; after the killer it was booted anew.
+    assert [(run["mode"], run["repeat"], run["outcome"]) for run in runs] == [
+        ("plain", WARM_UP, DONE),
+        ("plain", 1, NOT_CONVERGED),
+        ("killer", 1, FAILED),
+        ("plain", WARM_UP, DONE),
+        ("engine", 1, NOT_CONVERGED),
+    ]
+    assert "migrate-src exited with 7" in runs[2]["error"]
     assert left_over(os.getpid()) == []
 
 

@@ -384,6 +384,20 @@ def test_only_what_failed_is_made_again(tmp_path: Path) -> None:
     assert len(Results.load(tmp_path / "raw.json").runs) == 3
 
 
+def test_runs_of_two_machines_do_not_mix(tmp_path: Path) -> None:
+    here = {"cpus": 2, "qemu": ["7.2.22"], "file_content_xxh3": None}
+    results = Results(dict(here), tmp_path / "raw.json")
+    results.check_machine({"cpus": 2, "qemu": ["10.0.2"], "file_content_xxh3": "12ab"})
+    assert results.machine == {
+        "cpus": 2,
+        "qemu": ["7.2.22", "10.0.2"],
+        "file_content_xxh3": "12ab",
+    }
+    results.check_machine(here)
+    with pytest.raises(ParamsError, match="another machine: cpus 2, here 4"):
+        results.check_machine({"cpus": 4})
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -414,4 +428,5 @@ def test_tables_can_be_printed_again_from_the_file(
     printed = capsys.readouterr().out
     assert "| 7.2 | idle | 1gbit | prealloc | fast | plain | 0.25 |" in printed
     assert "qemu: 7.2.22" in printed
+    assert "load average before the runs: 1.0" in printed
     assert json.loads(path.read_text())["runs"][0]["cell"] == CELL._asdict()

@@ -42,6 +42,13 @@ def test_kinds_of_files_share_the_image_and_only_whole_pages_are_taken(files: st
     assert all(6 <= last.count(fill) <= 10 for fill in (1, ord("t"), 3))
 
 
+def test_a_small_image_is_the_start_of_a_large_one(files: str) -> None:
+    small, large = BytesIO(), BytesIO()
+    pack(small, 23, (files,))
+    pack(large, 60, (files,))
+    assert large.getvalue().startswith(small.getvalue())
+
+
 def test_where_one_kind_runs_out_the_others_fill_in(files: str) -> None:
     image = BytesIO()
     pack(image, 64, (files,))
