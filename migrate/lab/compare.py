@@ -36,14 +36,14 @@ FAILED_BOOTS_MAX: Final = 3
 def guest_config(
     plan: Plan, cell: Cell, content: Path | None, *, is_source: bool = False
 ) -> GuestConfig:
-    """Return the machine of either end; the source's memory is always there from the start."""
+    """Return the machine of either end."""
     kind = plan.guests[cell.guest]
     return GuestConfig(
         ram_kib=kind.ram_kib,
         machine=f"pc-q35-{cell.qemu}",
         workload=kind.workload,
         content=content if kind.workload.device_mib else None,
-        prealloc=is_source or cell.memory == "prealloc",
+        prealloc=kind.prealloc if is_source else cell.memory == "prealloc",
     )
 
 

@@ -21,11 +21,14 @@ class GuestKind:
         summary: What it is, for people.
         workload: What it does. Its ``device_mib`` are pages of this machine's files.
         ram_kib: Guest RAM.
+        prealloc: Whether the source's RAM is all there from the start, like that of a guest that
+            has run for long.
     """
 
     summary: str
     workload: Workload
     ram_kib: int = GIB // KIB + ODD_KIB
+    prealloc: bool = True
 
 
 def _workload(
@@ -67,6 +70,7 @@ def _growing(gib: int) -> GuestKind:
         f"{gib} GiB of RAM, {64 * gib} MiB of it pages of files, the rest zero",
         _workload(files_mib=64 * gib),
         gib * GIB // KIB + ODD_KIB,
+        prealloc=False,  # two guests of 8 GiB would not fit on small machines
     )
 
 

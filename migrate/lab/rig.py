@@ -40,9 +40,13 @@ GREETING_S: Final = 60.0
 """A QEMU that allocates its guest's memory does not answer meanwhile."""
 
 SPARE_BYTES: Final = 512 * MIB
+TOUCHED_MAX_BYTES: Final = 2048 * MIB
+"""More is not written during a migration: a larger guest's other memory is zero."""
+
 COMPACT: Final = Path("/proc/sys/vm/compact_memory")
 TOUCH: Final = """
-import mmap, sys
+import mmap, pathlib, sys
+pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
 memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 memory.madvise(14)  # MADV_HUGEPAGE
 memory.madvise(23)  # MADV_POPULATE_WRITE
@@ -92,7 +96,12 @@ class Rig:
     async def qemu(
         self, config: GuestConfig, binary: QemuBinary, namespace: Namespace, *, incoming: bool
     ) -> AsyncIterator[Endpoint]:
-        """Run a QEMU; unless ``incoming``, its guest has filled its memory on entry."""
+        """Run a QEMU; unless ``incoming``, its guest has filled its memory on entry.
+
+        Raises:
+            GuestError: The machine has not the memory for it, or the guest does not boot.
+        """
+        _require_memory(config)
         with self._workdir() as workdir:
             launcher = namespace.write_launcher(workdir / "qemu", binary.path)
             local = QemuBinary(launcher, binary.version)
@@ -152,6 +161,7 @@ class Rig:
         self, mode: EngineMode, config: GuestConfig, binary: QemuBinary
     ) -> AsyncIterator[tuple[Endpoint, Receiver]]:
         """A QEMU that migrate-dst starts; it outlives the command, so it is killed at the end."""
+        _require_memory(config)
         with self._workdir() as workdir:
             paths = GuestPaths.under(workdir)
             argv = qemu_args(
@@ -202,6 +212,18 @@ class Rig:
             await source.console.wait_heartbeats(1)
 
 
+def _require_memory(config: GuestConfig) -> None:
+    """Refuse what the kernel would end by killing some process of this machine."""
+    wanted = config.ram_kib * KIB + SPARE_BYTES if config.prealloc else SPARE_BYTES
+    available = _available_bytes()
+    if available < wanted:
+        raise GuestError(
+            f"a guest of {config.ram_kib // 1024} MiB needs {wanted // MIB} MiB of free memory, "
+            f"this machine has {available // MIB} MiB",
+            guest_on=GuestOn.NEITHER,
+        )
+
+
 def _check_content(guest: Guest) -> None:
     """An image built by an older checkout, which shares the cache, would just lack its content."""
     wanted = f"device_mib={guest.config.workload.device_mib}"
@@ -231,7 +253,7 @@ async def level_memory(ram_bytes: int) -> None:
     with contextlib.suppress(OSError):
         await trio.to_thread.run_sync(COMPACT.write_text, "1")
     available = _available_bytes()
-    wanted = min(ram_bytes + SPARE_BYTES, available * 3 // 4)
+    wanted = min(ram_bytes + SPARE_BYTES, TOUCHED_MAX_BYTES, available // 2)
     await trio.run_process([sys.executable, "-c", TOUCH, str(wanted)], check=False)
 
 
