@@ -150,7 +150,7 @@ class Comparison:
 
     def _take(self, run: Run) -> None:
         self.results.add(run)
-        done = sum(known.repeat != WARM_UP for known in self.results.runs)
+        done = sum(self.plan.has(known.step) for known in self.results.runs)
         self.say(f"[{done}/{self.plan.run_count}] {run_text(run)}")
 
     @asynccontextmanager

@@ -85,6 +85,11 @@ class Plan:
             mine = [cell for cell in self.cells if (cell.qemu, cell.guest) == (qemu, guest)]
             yield qemu, guest, tuple(mine)
 
+    def has(self, step: Step) -> bool:
+        """Whether a run belongs to this plan; warm-ups do not."""
+        known = step.cell in self.cells and step.mode in self.modes
+        return known and 1 <= step.repeat <= self.repeats
+
     @property
     def run_count(self) -> int:
         """Runs in all, without warm-ups."""

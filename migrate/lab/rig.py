@@ -89,7 +89,9 @@ class Rig:
 
     @contextlib.contextmanager
     def _workdir(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="") as name:
+        with tempfile.TemporaryDirectory(
+            dir=self.folder, prefix="", ignore_cleanup_errors=True
+        ) as name:
             yield Path(name)
 
     @asynccontextmanager

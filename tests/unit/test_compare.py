@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from migrate.cli import lab
 from migrate.errors import ParamsError
 from migrate.lab.compare_command import plan_from
-from migrate.lab.compare_plan import Cell, Plan, Step
+from migrate.lab.compare_plan import WARM_UP, Cell, Plan, Step
 from migrate.lab.compare_results import DONE, FAILED, NOT_CONVERGED, Results, Run
 from migrate.lab.compare_table import (
     Summary,
@@ -253,6 +253,9 @@ def test_each_repeat_starts_with_the_next_mode() -> None:
         *((3, "engine"), (3, "plain"), (3, "xbzrle")),
     ]
     assert made.run_count == 9
+    assert all(made.has(step) for step in made.steps(made.cells[0]))
+    assert not made.has(Step(made.cells[0], "plain", WARM_UP))
+    assert not made.has(Step(CELL._replace(link="200mbit"), "plain", 1))
 
 
 def test_cells_are_chosen_by_pattern_and_grouped_by_what_one_source_serves() -> None:
