@@ -5,12 +5,12 @@
 ``migrate.reception`` waits for the source at the door.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import trio
 
+from migrate.destination_guest import DISCARD_S, GuestOpener
 from migrate.destination_report import destination_report
 from migrate.errors import (
     GuestError,
@@ -21,25 +21,17 @@ from migrate.errors import (
     PeerRefusedError,
 )
 from migrate.guests.base import DestinationGuest
-from migrate.guests.incoming_destination import open_incoming_destination
-from migrate.guests.qemu_destination import START_S, open_qemu_destination
-from migrate.guests.simulated_destination import (
-    SimulatedDestination,
-    open_simulated_destination,
-)
-from migrate.guests.simulated_facts import COUNTS_EVENT, settled_counts
 from migrate.handover import DestinationHandover
 from migrate.hello import Agreement, answer_hello, reported_commit
 from migrate.inbound import Inbound
 from migrate.params import DestinationParams
-from migrate.qemu.process import OwnedQemu
 from migrate.reception import Reception
+from migrate.recovery.record import begin_record
 from migrate.report.progress import ProgressState
 from migrate.report.report import Report
 from migrate.ring_guard import settle_verdict
 from migrate.rings import RingVerdict
 from migrate.session import PROGRESS_S, Session, most_telling, told_or_bug
-from migrate.simulation.guest import SimulatedGuest
 from migrate.state_file import ABORTED, StateFile
 from migrate.transport.link import Link
 from migrate.units import NS_PER_MS
@@ -48,7 +40,6 @@ from proto.link.dispatch import FRAMES
 from proto.link.messages import CommitKind, Hello, Message
 from proto.packing import clip_text
 
-DISCARD_S = 30.0
 FAREWELL_S = 3.0
 
 
@@ -68,8 +59,7 @@ class DestinationRun:
         self._inbound: Inbound | None = None
         self._handover: DestinationHandover | None = None
         self._state_file: StateFile | None = None
-        self._qemu: OwnedQemu | None = None
-        self._simulated: SimulatedDestination | None = None
+        self._opener = GuestOpener(params, session, self._has_committed)
         self._source_left = trio.Event()
         self._source_said_bye = False
         self._source_gave_up = False
@@ -88,9 +78,9 @@ class DestinationRun:
         Returns:
             What happens instead of the migration being called off.
         """
-        if self._simulated is not None:
-            self._simulated.end()  # the migration may be done before it can be called off
-            if self._handover is not None and self._handover.committed:
+        if (simulated := self._opener.simulated) is not None:
+            simulated.end()  # the migration may be done before it can be called off
+            if self._has_committed():
                 return "the simulated guest ends now"
         self._cancelled_by = why
         (self._scope if self._opened else self._opening).cancel()
@@ -118,7 +108,7 @@ class DestinationRun:
             self._session, self._link, self._inbound, self._handover, error
         )
         running_ns = self._handover.times.running_ns if self._handover is not None else None
-        if error is None and self._simulated is not None and running_ns is not None:
+        if error is None and self._opener.simulated is not None and running_ns is not None:
             # How long the guest is watched is no part of the migration.
             report.total_ms = (running_ns - self._session.started_ns) / NS_PER_MS
         return report, error
@@ -129,7 +119,10 @@ class DestinationRun:
         Not for the source's ears: if it lives, the guest is there.
         """
         lost = isinstance(error, PeerLostError) and error.guest_on is GuestOn.SOURCE
-        return lost and self._simulated is not None
+        return lost and self._opener.simulated is not None
+
+    def _has_committed(self) -> bool:
+        return self._handover is not None and self._handover.committed
 
     def _guest_on(self, error: MigrationError) -> GuestOn:
         """What this side knows of the guest after a failure."""
@@ -142,72 +135,8 @@ class DestinationRun:
             return GuestOn.SOURCE
         return error.guest_on
 
-    @asynccontextmanager
-    async def _open_guest(self, run_dir: Path) -> AsyncIterator[DestinationGuest]:
-        params = self._params
-        if params.incoming is not None:
-            async with open_incoming_destination(params.incoming) as waiting:
-                yield waiting
-        elif params.simulate:
-            async with open_simulated_destination(
-                self._runtime, run_for_s=params.run_for_s
-            ) as simulated:
-                self._simulated = simulated
-                try:
-                    yield simulated
-                finally:
-                    simulated.tell(self._session.builder.report)
-                self._trace_counts(simulated.guest)
-        elif params.qmp is not None:
-            async with open_qemu_destination(
-                params.qmp, run_dir, landing=params.landing == "auto"
-            ) as attached:
-                yield attached
-        else:
-            assert params.qemu_argv is not None
-            async with self._owned_qemu(run_dir) as owned:
-                yield owned
-
-    def _trace_counts(self, guest: SimulatedGuest | None) -> None:
-        """Write down what a simulated guest that lived here counted; its life is over."""
-        if guest is not None and self._session.traced:
-            for values in settled_counts(guest):
-                self._session.trace(COUNTS_EVENT, **values)
-
-    @asynccontextmanager
-    async def _owned_qemu(self, run_dir: Path) -> AsyncIterator[DestinationGuest]:
-        """Start QEMU; unless the guest becomes ours it is dead when this ends."""
-        argv = self._params.qemu_argv
-        assert argv is not None
-        # Its supervisor must know the state file before the source names the migration.
-        self._state_file = self._runtime.state_file(
-            self._params.state_dir, "destination", self._runtime.random_bytes(16)
-        )
-        self._session.enter("starting QEMU")
-        qemu_dir = run_dir / "qemu"
-        try:
-            qemu = self._qemu = await OwnedQemu.start(argv, qemu_dir, self._state_file.path)
-        except BaseException:
-            _remove_run_files(qemu_dir)
-            raise
-        try:
-            with trio.move_on_after(START_S) as starting:
-                await qemu.wait_qmp_ready()
-            if starting.cancelled_caught:
-                raise GuestError(f"QEMU opened no monitor within {START_S:.0f} s")
-            async with open_qemu_destination(
-                qemu.qmp_path,
-                run_dir,
-                owned=qemu,
-                argv=argv,
-                landing=self._params.landing == "auto",
-            ) as guest:
-                yield guest
-        finally:
-            if self._handover is None or not self._handover.committed:
-                with trio.CancelScope(shield=True), trio.move_on_after(DISCARD_S):
-                    await qemu.kill()
-                _remove_run_files(qemu_dir)
+    def _open_guest(self, run_dir: Path) -> AbstractAsyncContextManager[DestinationGuest]:
+        return self._opener.open(run_dir)
 
     async def _take_in_or_discard(self, guest: DestinationGuest) -> None:
         failure: BaseException | None = None
@@ -245,6 +174,7 @@ class DestinationRun:
         if handover is not None and (handover.committed or handover.given_back):
             return
         with trio.CancelScope(shield=True), trio.move_on_after(DISCARD_S):
+            self._record_aborted(error)
             try:
                 done = await guest.discard()
                 self._discarded = True
@@ -252,9 +182,7 @@ class DestinationRun:
                 error.guest_on = GuestOn.UNKNOWN
                 done = str(undead)
             self._session.say(done)
-            if self._discarded and self._source_may_have_committed():
-                self._record_aborted(error)
-            if self._source_done and self._simulated is None:
+            if self._source_done and self._opener.simulated is None:
                 self._session.warn(
                     "the source had let its guest go; if it does not run there, 'cont' in the "
                     "source's monitor brings it back"
@@ -266,8 +194,15 @@ class DestinationRun:
                     await self._link.farewell(abort)
 
     def _record_aborted(self, error: MigrationError) -> None:
-        """Record that this copy will never run; it is dead whether or not that can be recorded."""
-        assert self._state_file is not None
+        """Record that this copy will never run; it dies whether or not that can be recorded.
+
+        Nobody will ask for a migration that the source cannot have committed.
+        """
+        if self._state_file is None:
+            return
+        if not self._source_may_have_committed():
+            self._state_file.remove()
+            return
         try:
             self._state_file.write(ABORTED, reason=error.code)
         except MigrationError as unrecorded:
@@ -285,8 +220,7 @@ class DestinationRun:
     def _source_may_have_committed(self) -> bool:
         """From VERIFIED on the source may record COMMIT_SENT, until it says that it gives up."""
         handover = self._handover
-        verified = handover is not None and handover.times.verified_ns is not None
-        return verified and not self._source_gave_up
+        return handover is not None and handover.verified and not self._source_gave_up
 
     # --- the migration ------------------------------------------------------------------------
 
@@ -311,10 +245,10 @@ class DestinationRun:
             nursery.cancel_scope.cancel()
 
     async def _carry(self, guest: DestinationGuest, link: Link, agreement: Agreement) -> None:
-        if self._state_file is None:
-            self._state_file = self._runtime.state_file(
-                self._params.state_dir, "destination", agreement.migration_id
-            )
+        record = self._state_file = self._opener.state_file or self._runtime.state_file(
+            self._params.state_dir, "destination", agreement.migration_id
+        )
+        begin_record(record, agreement, guest, peer=link.peer, link=self._params.listen)
         to_control, control = trio.open_memory_channel[Message](64)
         inbound = self._inbound = Inbound(
             guest,
@@ -330,7 +264,7 @@ class DestinationRun:
             control=control,
             inbound=inbound,
             kind=agreement.kind,
-            state_file=self._state_file,
+            state_file=record,
             runtime=self._runtime,
             settle_rings=self._settle_rings,
         )
@@ -360,8 +294,7 @@ class DestinationRun:
             await guest.keep()
             if self._source_said_bye and self._state_file is not None:
                 self._state_file.remove()
-        if self._qemu is not None:
-            qemu = self._qemu
+        if (qemu := self._opener.qemu) is not None:
             self._session.say(
                 f"the guest's QEMU is process {qemu.pid}, its monitor is {qemu.qmp_path}, "
                 f"its log {qemu.log_path}"
@@ -439,11 +372,3 @@ def _gave_up(abort: messages.Abort) -> PeerRefusedError:
     return PeerRefusedError(
         f"the source gave up: {abort.message}", guest_on=GuestOn(abort.guest_on)
     )
-
-
-def _remove_run_files(directory: Path) -> None:
-    """Remove what a QEMU of ours that is dead left; its log was quoted where it mattered."""
-    for name in ("qmp.sock", "qemu.log"):
-        (directory / name).unlink(missing_ok=True)
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()

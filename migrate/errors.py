@@ -229,3 +229,20 @@ class SwitchoverUnknownError(MigrationError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, guest_on=GuestOn.UNKNOWN)
+
+
+class RecoveryRefusedError(MigrationError):
+    """A recovery needs something that is not known or not there; the text says what."""
+
+    exit_code = 51
+    code = "recovery-refused"
+
+    def __init__(self, message: str, *, guest_on: GuestOn = GuestOn.UNKNOWN) -> None:
+        super().__init__(message, guest_on=guest_on)
+
+
+class RecordBusyError(RecoveryRefusedError):
+    """Another command still works on the migration that is to be recovered."""
+
+    exit_code = 52
+    code = "record-busy"

@@ -6,7 +6,9 @@ is at the destination. What follows is the same for every guest; three kinds dif
 ``held``      both sides are ours. The destination loads completely and stays paused (READY); then
               the source lets go; then COMMIT; then the destination says ``cont``.
 ``withheld``  the destination starts by itself when its stream is complete, so its last bytes are
-              withheld: the source lets go first, COMMIT next, the last bytes after that.
+              withheld: the source lets go first, COMMIT next, the last bytes after that. A source
+              without return path has let go when its stream was read; then a destination that
+              starts when we say so is loaded before COMMIT, as in ``held``.
 ``relayed``   somebody else owns both monitors and commits: the end of the stream and the
               destination's SHUT are passed on as they come, once the RAM is verified.
 
@@ -26,6 +28,9 @@ RUNNING                               destination    destination
 
 COMMIT_SENT is the point of no return: before it every failure leaves the guest to the source, after
 it the source never resumes unless the destination says that its copy is dead.
+
+``tests/model/handover_tables.py`` holds the same as tables, and ``--recover`` with it; a test goes
+through all that can happen. Change both.
 """
 
 import contextlib
@@ -52,7 +57,14 @@ from migrate.outbound import Outbound
 from migrate.ring_guard import check_loaded
 from migrate.rings import RingVerdict
 from migrate.runtime import Runtime
-from migrate.state_file import ABORTED, COMMIT_SENT, COMMITTED, RUNNING, StateFile
+from migrate.state_file import (
+    COMMIT_SENT,
+    COMMITTED,
+    GIVEN_BACK,
+    RETURNED,
+    RUNNING,
+    StateFile,
+)
 from migrate.transport.link import Link
 from proto.limits import MAX_DIGEST_RANGES
 from proto.link import messages
@@ -191,9 +203,8 @@ class SourceHandover:
         """The point of no return. Nobody runs before and after the record is written."""
         await trio.lowlevel.checkpoint()  # called off by now? then not a step further
         with trio.CancelScope(shield=True), trio.move_on_after(RUNNING_S):
-            self.state_file.write(
-                COMMIT_SENT, peer=self.link.peer, guest=self.guest.name
-            )  # dies before the rename: the source may ``cont``; after it: unknown
+            # dies before the rename: the source may ``cont``; after it: unknown
+            self.state_file.write(COMMIT_SENT, run_state=self.outbound.state.run_state)
             self.commit_sent = True
             try:
                 # A link that is broken may hold the destination's ABORT: what counts is what was
@@ -205,14 +216,14 @@ class SourceHandover:
                 if error.guest_on not in (GuestOn.SOURCE, GuestOn.NEITHER):
                     raise SwitchoverUnknownError(self._unknown(str(error))) from error
                 # The destination's copy is dead, as it says itself: the guest is ours again.
+                with contextlib.suppress(MigrationError):  # recorded or not
+                    self.state_file.write(RETURNED, reason=error.code)
                 self.commit_sent = False
-                with contextlib.suppress(OSError):
-                    self.state_file.remove()
                 raise
             except PeerLostError as error:
                 raise SwitchoverUnknownError(self._unknown(str(error))) from error
             self.times.running_ns = self.runtime.now_ns()
-            self.state_file.write(RUNNING, peer=self.link.peer, guest=self.guest.name)
+            self.state_file.write(RUNNING, run_state=self.running.run_state)
             return
         raise SwitchoverUnknownError(self._unknown(f"no answer within {RUNNING_S:.0f} s"))
 
@@ -263,6 +274,7 @@ class DestinationHandover:
     """What the destination's side of one handover needs, and what it has reached.
 
     Attributes:
+        verified: The source may know that what arrived is what left.
         committed: The guest is ours, recorded.
         given_back: It was, and could not run here: this copy is dead.
         run_state: The guest's run state once it is complete here.
@@ -281,6 +293,7 @@ class DestinationHandover:
     runtime: Runtime
     settle_rings: Callable[[RingVerdict], None]
     times: Timeline = field(default_factory=Timeline)
+    verified: bool = False
     committed: bool = False
     given_back: bool = False
     run_state: str | None = None
@@ -301,6 +314,7 @@ class DestinationHandover:
         started_ns = self.runtime.now_ns()
         if self.kind is not CommitKind.HELD:
             await self.guest.load_devices(state.device_state)
+        self.verified = True  # also if the message is cut off: the source may hear it
         await self.link.send(messages.Verified(digest, state.end.page_count))
         self.times.verified_ns = self.runtime.now_ns()
         if self.kind is CommitKind.RELAYED:
@@ -310,9 +324,11 @@ class DestinationHandover:
             return
         if self.kind is CommitKind.HELD:
             await self.guest.load_devices(state.device_state)
+        if self.guest.commanded:
             await self.guest.load_end()  # loaded and paused; the source may still resume
             await self._check_rings(state.end)
             self.load_ns = self.runtime.now_ns() - started_ns
+        if self.kind is CommitKind.HELD:
             await self.link.send(messages.Ready())
             self.times.ready_ns = self.runtime.now_ns()
         await self._expect_commit()
@@ -369,11 +385,11 @@ class DestinationHandover:
         """COMMITTED, then run. From the record on the guest is ours, whatever the link does."""
         with trio.CancelScope(shield=True):
             started_ns = self.runtime.now_ns()
-            self.state_file.write(COMMITTED, peer=self.link.peer, guest=self.guest.name)
+            self.state_file.write(COMMITTED, run_state=run_state)
             self.committed = True
             failure: MigrationError | None = None
             try:
-                if self.kind is CommitKind.WITHHELD:
+                if not self.guest.commanded:
                     await self.guest.load_end()
                 self.run_state = run_state = await self.guest.run(run_state)
                 self.arrived = True
@@ -386,18 +402,19 @@ class DestinationHandover:
             resume_ns = self.times.running_ns - started_ns
             await self.link.try_send(messages.Running(run_state, self.load_ns, resume_ns))
 
-    async def _give_back(self, error: Exception) -> None:
+    async def _give_back(self, error: MigrationError) -> None:
         """The guest cannot run here: make sure it never will, then say so."""
+        if not self.guest.may_have_run:
+            with contextlib.suppress(MigrationError):  # it dies, recorded or not
+                self.state_file.write(GIVEN_BACK, reason=error.code)
         try:
-            done = await self.guest.discard()
+            done = await self.guest.discard()  # dies: recovery makes sure of it, then says so
         except GuestError as undead:
             message = clip_text(f"{error}; {undead}")
             await self.link.try_send(messages.Abort("run-failed", message, "unknown"))
             return
         self.committed = False
         self.given_back = True
-        with contextlib.suppress(MigrationError):  # the copy is dead, recorded or not
-            self.state_file.write(ABORTED, peer=self.link.peer, guest=self.guest.name)
         message = clip_text(f"the guest could not run at the destination: {error}; {done}")
         await self.link.try_send(messages.Abort("run-failed", message, "neither"))
 

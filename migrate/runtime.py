@@ -20,7 +20,7 @@ import trio
 
 from migrate.errors import MigrationError
 from migrate.params import LinkAddress
-from migrate.state_file import StateFile, check_state_dir
+from migrate.state_file import Side, StateFile, check_state_dir
 from migrate.transport.channels import LinkListener, LinkSocket, connect_tcp, listen
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Runtime(Protocol):
         """
         ...
 
-    def state_file(self, directory: Path, side: str, migration_id: bytes) -> StateFile:
+    def state_file(self, directory: Path, side: Side, file_id: bytes) -> StateFile:
         """One side's record of one migration."""
         ...
 
@@ -174,9 +174,9 @@ class RealRuntime:
         """Write a file there and remove it."""
         check_state_dir(directory)
 
-    def state_file(self, directory: Path, side: str, migration_id: bytes) -> StateFile:
+    def state_file(self, directory: Path, side: Side, file_id: bytes) -> StateFile:
         """A file that survives power loss."""
-        return StateFile(directory, side, migration_id)
+        return StateFile(directory, side, file_id)
 
     async def connect(self, address: LinkAddress, what: str) -> LinkSocket:
         """Over TCP."""

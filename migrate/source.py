@@ -38,6 +38,7 @@ from migrate.hold import CommitHold
 from migrate.outbound import Outbound
 from migrate.params import SourceParams, default_run_dir
 from migrate.probe import MigrationPhases, Probe, open_probe
+from migrate.recovery.record import begin_record
 from migrate.report.progress import ProgressState
 from migrate.report.report import Report
 from migrate.ring_guard import SourceRingGuard
@@ -197,6 +198,8 @@ class SourceRun:
                 self._session.say(where.text)
             error.guest_on = where.guest_on
             self._run_state = where.run_state
+            if handover is not None and where.guest_on is GuestOn.SOURCE:
+                handover.state_file.remove()
             return
         error.guest_on = GuestOn.UNKNOWN
 
@@ -271,13 +274,18 @@ class SourceRun:
                 warn=self._session.warn,
             ),
         )
+        record = runtime.state_file(params.state_dir, "source", agreement.migration_id)
+        begin_record(
+            record, agreement, guest,
+            peer=link.peer, link=params.to, was_running=guest.was_running,
+        )  # fmt: skip
         return SourceHandover(
             guest=guest,
             link=link,
             control=control,
             outbound=outbound,
             kind=agreement.kind,
-            state_file=runtime.state_file(params.state_dir, "source", agreement.migration_id),
+            state_file=record,
             runtime=runtime,
             hold=self._hold.wait if params.hold_before_commit else None,
         )

@@ -7,6 +7,7 @@ handover, report) is the engine's and the same for all.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from migrate.errors import GuestOn
 from migrate.pages.landed import LandedBlock
+from migrate.qemu.process_mark import ProcessMark
 from migrate.rings import RingLayout
 from proto.guest_events import GuestEvent, RamBlocks
 from proto.qemu.physical import PhysicalMap
@@ -67,6 +69,19 @@ class Whereabouts:
     run_state: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class QemuPlace:
+    """Where a guest's QEMU is found again after a crash of ours.
+
+    Attributes:
+        qmp: Its QMP socket; ``None`` if we have none.
+        process: The process; ``None`` if we do not know it.
+    """
+
+    qmp: Path | None = None
+    process: ProcessMark | None = None
+
+
 class SourceGuest(Protocol):
     """The guest that leaves.
 
@@ -76,6 +91,7 @@ class SourceGuest(Protocol):
         was_running: Whether it ran before the migration; None where nobody tells us.
         stopped_at_ns: Monotonic time of its stop for the switchover; None before, or not known.
         name: For messages to people.
+        place: Where recovery finds it.
     """
 
     form: str
@@ -83,6 +99,7 @@ class SourceGuest(Protocol):
     was_running: bool | None
     stopped_at_ns: int | None
     name: str
+    place: QemuPlace
 
     async def facts(self) -> Facts:
         """Collect facts about the machine for the comparison."""
@@ -141,11 +158,18 @@ class DestinationGuest(Protocol):
         form: How we reached it, for the report: ``owned``, ``qmp``, ``incoming``, ``simulate``.
         commanded: Whether it runs when we say so; otherwise it starts itself when complete.
         name: For messages to people.
+        place: Where recovery finds it.
     """
 
     form: str
     commanded: bool
     name: str
+    place: QemuPlace
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether the guest ran here, or may have: then it must not go on anywhere else."""
+        ...
 
     async def facts(self) -> Facts:
         """Collect facts about the machine for the comparison."""

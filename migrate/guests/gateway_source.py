@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from migrate.errors import GuestError, GuestOn, QemuStreamBrokenError
-from migrate.guests.base import Facts, GuestProgress, Whereabouts
+from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
 from migrate.params import LinkAddress, SocketAddress, UnixAddress
 from migrate.qemu.local_hop import IncomingHop
 from migrate.rings import RingLayout
@@ -49,6 +49,7 @@ class GatewaySource:
     form = "gateway"
     virtio_devices = staticmethod(virtio_devices)
     was_running: bool | None = None
+    place = QemuPlace()
 
     def __init__(self, listener: trio.socket.SocketType, name: str, uri: str) -> None:
         self._listener = listener

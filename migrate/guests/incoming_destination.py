@@ -13,7 +13,7 @@ import trio
 from numpy.typing import NDArray
 
 from migrate.errors import ConnectError, GuestError, GuestOn, QemuStreamBrokenError
-from migrate.guests.base import Facts
+from migrate.guests.base import Facts, QemuPlace
 from migrate.pages.landed import LandedBlock
 from migrate.params import SocketAddress
 from migrate.qemu.loader import QemuLoader
@@ -36,6 +36,7 @@ class IncomingDestination:
 
     form = "incoming"
     commanded = False
+    place = QemuPlace()
     virtio_devices = staticmethod(virtio_devices)
 
     def __init__(self, address: SocketAddress, nursery: trio.Nursery) -> None:
@@ -90,6 +91,11 @@ class IncomingDestination:
                 if trio.current_time() > deadline:
                     raise
                 await trio.sleep(0.05)
+
+    @property
+    def may_have_run(self) -> bool:
+        """It starts by itself once it has its end."""
+        return self._end_delivered
 
     @property
     def _open_loader(self) -> QemuLoader:

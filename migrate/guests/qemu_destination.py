@@ -23,7 +23,7 @@ from migrate.errors import (
     QmpCommandError,
     QmpInterruptedError,
 )
-from migrate.guests.base import Facts
+from migrate.guests.base import Facts, QemuPlace
 from migrate.pages.landed import LandedBlock
 from migrate.params import UnixAddress
 from migrate.qemu import preflight, queries, virtio_queries
@@ -31,6 +31,7 @@ from migrate.qemu.landing import Landing, find_landing
 from migrate.qemu.loader import QemuLoader
 from migrate.qemu.local_hop import OutgoingHop
 from migrate.qemu.process import OwnedQemu
+from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
 from migrate.qemu.settings import changed_settings
 from migrate.transport.channels import connect
@@ -82,13 +83,14 @@ class QemuDestination:
         self._nursery: trio.Nursery | None = None
         self._marks = 0
         self._end_delivered = False
-        self._may_have_run = False
+        self.may_have_run = False
         self._ended_by_us = False
         self._argv: Sequence[str] = ()
         self._may_land = False
         self._landing = Landing({}, "--landing never")
         self.form = "owned" if owned else "qmp"
         self.name = f"the destination QEMU ({client.path})"
+        self.place = QemuPlace(client.path.absolute(), ProcessMark.of(client.peer_pid))
 
     async def facts(self) -> Facts:
         """Ask the monitor; see ``migrate.qemu.preflight``."""
@@ -246,7 +248,7 @@ class QemuDestination:
             state = await queries.query_run_state(self._client)
             if status.status == "completed" and state.status != queries.RUN_STATE_INCOMING:
                 if state.running:
-                    self._may_have_run = True
+                    self.may_have_run = True
                     raise GuestError(f"{self.name} runs already", guest_on=GuestOn.UNKNOWN)
                 return
             if status.status == "failed":
@@ -274,11 +276,11 @@ class QemuDestination:
 
     async def _cont(self) -> None:
         with self._client.listen("RESUME") as events:
-            self._may_have_run = True
+            self.may_have_run = True
             try:
                 await queries.cont(self._client)
             except QmpCommandError:
-                self._may_have_run = False
+                self.may_have_run = False
                 raise
             await events.next()
 
@@ -289,7 +291,7 @@ class QemuDestination:
             GuestError: The guest may have run here already, or this copy's QEMU may still live:
                 nobody may resume another copy.
         """
-        if self._may_have_run:
+        if self.may_have_run:
             raise GuestError(
                 f"{self.name} may have run the guest: ask 'info status' there",
                 guest_on=GuestOn.UNKNOWN,

@@ -22,10 +22,11 @@ from migrate.errors import (
     QmpCommandError,
     QmpInterruptedError,
 )
-from migrate.guests.base import Facts, GuestProgress, Whereabouts
+from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
 from migrate.params import UnixAddress
 from migrate.qemu import preflight, queries, virtio_queries
 from migrate.qemu.local_hop import IncomingHop
+from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
 from migrate.qemu.settings import changed_settings
 from migrate.rings import RingLayout
@@ -85,6 +86,7 @@ class QemuSource:
         self._switched_over = False
         self._let_go = False
         self.name = name
+        self.place = QemuPlace(client.path.absolute(), ProcessMark.of(client.peer_pid))
         self.was_running: bool | None = None
         self.stopped_at_ns: int | None = None
 

@@ -11,7 +11,7 @@ import trio
 from numpy.typing import NDArray
 
 from migrate.errors import GuestError, GuestOn
-from migrate.guests.base import Facts
+from migrate.guests.base import Facts, QemuPlace
 from migrate.guests.simulated_facts import simulated_facts, simulated_virtio
 from migrate.guests.simulated_source import BLOCK_NAME, RAM_START
 from migrate.pages.landed import LandedBlock
@@ -48,6 +48,7 @@ class SimulatedDestination:
 
     form = "simulate"
     commanded = True
+    place = QemuPlace()
     name = "the simulated guest"
 
     def __init__(
@@ -81,6 +82,11 @@ class SimulatedDestination:
         """By how much the guest's clock was behind the world's when it went on; None before."""
         jump_ns = self.guest.clock.jump_ns if self.guest is not None else None
         return None if jump_ns is None else jump_ns / NS_PER_MS
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether it ran here."""
+        return self._ran
 
     async def facts(self) -> Facts:
         """Say what it is."""
@@ -241,7 +247,7 @@ class SimulatedDestination:
             GuestError: It ran here.
         """
         await trio.lowlevel.checkpoint()
-        if self._runs:
+        if self._ran:
             raise GuestError("the simulated guest ran here", guest_on=GuestOn.UNKNOWN)
         if self.ram is None:
             return "no simulated guest had arrived"

@@ -16,7 +16,7 @@ import trio
 
 from migrate.control.convergence import ConvergenceWatch, Sync
 from migrate.errors import GuestOn, NotConvergedError
-from migrate.guests.base import Facts, GuestProgress, Whereabouts
+from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
 from migrate.guests.simulated_facts import simulated_facts, simulated_virtio
 from migrate.report.report import Report
 from migrate.rings import RingLayout
@@ -76,6 +76,7 @@ class SimulatedSource:
 
     form = "simulate"
     return_path = True
+    place = QemuPlace()
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ from migrate.runtime import ENCODE_THREADS, THREADS, Costs, Step
 from migrate.session import Session
 from migrate.simulation.profile import Profile
 from migrate.source import SourceRun
-from migrate.state_file import StateFile
+from migrate.state_file import Record, Side, StateFile
 from migrate.transport.memory_link import MemoryLinkParams, MemorySocket, memory_link
 from migrate.units import MIB, NS_PER_S
 
@@ -97,16 +97,16 @@ class VirtualStateFile(StateFile):
         states: What was written, in order.
     """
 
-    def __init__(self, directory: Path, side: str, migration_id: bytes) -> None:
-        super().__init__(directory, side, migration_id)
+    def __init__(self, directory: Path, side: Side, file_id: bytes) -> None:
+        super().__init__(directory, side, file_id)
         self.states: list[str] = []
 
-    def write(self, state: str, **facts: str | None) -> None:
-        """Remember."""
-        self.states.append(state)
+    def _store(self, record: Record) -> None:
+        self.states.append(record.state)
 
     def remove(self) -> None:
         """Nothing to remove."""
+        self.record = None
 
 
 class VirtualNetwork:
@@ -246,9 +246,9 @@ class VirtualRuntime:
     def check_state_dir(self, directory: Path) -> None:
         """Memory can always be written to."""
 
-    def state_file(self, directory: Path, side: str, migration_id: bytes) -> VirtualStateFile:
+    def state_file(self, directory: Path, side: Side, file_id: bytes) -> VirtualStateFile:
         """A record in memory."""
-        record = VirtualStateFile(directory, side, migration_id)
+        record = VirtualStateFile(directory, side, file_id)
         self.state_files.append(record)
         return record
 

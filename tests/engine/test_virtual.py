@@ -35,7 +35,7 @@ from migrate.session import Session
 from migrate.simulation.profile import Profile, read_profile
 from migrate.simulation.ram import SimulatedRam
 from migrate.source import SourceRun
-from migrate.state_file import COMMIT_SENT, COMMITTED, RUNNING
+from migrate.state_file import COMMIT_SENT, COMMITTED, PREPARED, RUNNING
 from migrate.transport.link import PEER_SILENCE_S
 from migrate.transport.memory_link import MemoryLinkParams
 from migrate.units import MIB
@@ -249,7 +249,7 @@ def test_ram_arrives_as_it_left() -> None:
     digest = seen.destination.guest.ram.digest()
     assert digest == seen.source.guest.guest.ram.digest()
     assert digest != SimulatedRam(32 * MIB).digest()
-    assert seen.records() == [[COMMIT_SENT, RUNNING], [COMMITTED]]
+    assert seen.records() == [[PREPARED, COMMIT_SENT, RUNNING], [PREPARED, COMMITTED]]
 
 
 async def cut_after_50_ms(network: VirtualNetwork) -> None:
@@ -267,7 +267,7 @@ def test_cut_link_leaves_the_guest_at_the_source() -> None:
         assert PEER_SILENCE_S * 1000 < report.total_ms < 10 * PEER_SILENCE_S * 1000
     assert (source.guest_on, source.guest_state) == (GuestOn.SOURCE, "running")
     assert seen.destination.guest.guest is None
-    assert seen.records() == [[], []]
+    assert seen.records() == [[PREPARED], [PREPARED]]
 
 
 async def cut_at_once(network: VirtualNetwork) -> None:

@@ -260,7 +260,7 @@ async def test_guest_that_cannot_run_at_the_destination_goes_on_at_the_source(
             await run.fails(run.dst, 22, "QEMU refused 'cont': Failed to lock byte", "neither")
         await run.fails(run.src, 12, "the guest could not run at the destination", "source")
         assert run.src.state_files == []
-        assert run.dst.state_files == ["ABORTED"]
+        assert run.dst.state_files == ["GIVEN_BACK"]
         await run.check_source_has_it()
 
 

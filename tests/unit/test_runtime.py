@@ -18,7 +18,7 @@ from migrate.lab.virtual import (
     run_on_virtual_clock,
 )
 from migrate.runtime import ENCODE_THREADS, RealRuntime, Runtime, Step
-from migrate.state_file import COMMITTED
+from migrate.state_file import COMMITTED, PREPARED, RecordFacts
 from migrate.transport.memory_link import MemoryLinkParams
 from migrate.units import MIB
 
@@ -133,13 +133,14 @@ def test_virtual_chance_follows_role_and_seed() -> None:
 def test_virtual_run_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
     runtime = virtual_runtime()
     runtime.check_state_dir(tmp_path / "state")
-    record = runtime.state_file(tmp_path / "state", "source", bytes(16))
-    record.write(COMMITTED, peer="somebody")
+    record = runtime.state_file(tmp_path / "state", "destination", bytes(16))
+    record.begin(RecordFacts(bytes(16), "held", "simulate", "a guest", "a peer", "host:1"))
+    record.write(COMMITTED)
     record.remove()
     with runtime.private_dir(tmp_path / "run"):
         pass
     assert list(tmp_path.iterdir()) == []
-    assert runtime.state_files[0].states == [COMMITTED]
+    assert runtime.state_files[0].states == [PREPARED, COMMITTED]
 
 
 def test_private_dir_is_private_and_goes_when_it_is_empty(tmp_path: Path) -> None:
