@@ -142,6 +142,8 @@ EXAMPLES: dict[FrameType, Message] = {
         m.Ready(),
         m.Running("running"),
         m.OldCopy(0, b"", is_last=True),
+        m.Recover(DIGEST, b"token", "COMMIT_SENT"),
+        m.Recovered("ABORTED", "source", None, "its copy is dead"),
         m.KeepAlive(),
         m.Abort("cancelled", "by the user", "source"),
         m.Join(DIGEST, bytes(16), 1),

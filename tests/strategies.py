@@ -181,6 +181,19 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
         m.Join, digests, st.binary(min_size=16, max_size=64), st.integers(1, 15)
     ),
     FrameType.JOINED: st.just(m.Joined()),
+    FrameType.RECOVER: st.builds(
+        m.Recover,
+        migration_id=digests,
+        token=st.binary(max_size=64),
+        state=st.sampled_from(m.SOURCE_STATES),
+    ),
+    FrameType.RECOVERED: st.builds(
+        m.Recovered,
+        state=st.sampled_from(m.DESTINATION_STATES),
+        guest_on=st.sampled_from(["source", "destination", "unknown"]),
+        run_state=st.none() | names,
+        message=texts,
+    ),
     FrameType.KEEPALIVE: st.just(m.KeepAlive()),
     FrameType.ABORT: st.builds(m.Abort, names, texts, st.sampled_from(m.GUEST_ON)),
     FrameType.BYE: st.just(m.Bye()),

@@ -105,7 +105,15 @@ def _map_decoder(cls: Callable[..., m.Message]) -> Callable[[Frame, Context], m.
 
 
 def _decode_hello(frame: Frame, _: Context) -> m.Hello:
-    """Decode a HELLO; one of a newer version may have further keys, and may be too new."""
+    return m.Hello(**_unpack_greeting(frame))
+
+
+def _decode_recover(frame: Frame, _: Context) -> m.Recover:
+    return m.Recover(**_unpack_greeting(frame))
+
+
+def _unpack_greeting(frame: Frame) -> dict[str, Any]:
+    """Unpack a first message; one of a newer version may have further keys, and may be too new."""
     found = unpack_map(frame.where, frame.header)
     version, oldest = found.get("version"), found.get("oldest")
     if type(version) is not int or type(oldest) is not int or not 1 <= oldest <= version:
@@ -115,8 +123,8 @@ def _decode_hello(frame: Frame, _: Context) -> m.Hello:
         ours = f"protocol version {m.OLDEST_VERSION} to {m.PROTOCOL_VERSION}"
         raise VersionMismatchError(frame.where, ours, f"{oldest} to {version}")
     newer = version > m.PROTOCOL_VERSION
-    fields = FIELDS[FrameType.HELLO]
-    return m.Hello(**unpack_fields(frame.where, fields, frame.header, allow_unknown=newer))
+    fields = FIELDS[frame.frame_type]
+    return unpack_fields(frame.where, fields, frame.header, allow_unknown=newer)
 
 
 def _encode_blocks(message: m.RamBlockTable) -> Encoded:
@@ -363,6 +371,9 @@ FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
             False, MAX_MESSAGE_HEADER_BYTES, 0, True, False, _encode_query, _decode_query
         ),
         FrameType.JOIN: _map(m.Join, "source", _SMALL),
+        FrameType.RECOVER: FrameRule(
+            False, _SMALL, 0, True, False, _encode_map, _decode_recover
+        ),
         FrameType.WELCOME: _map(m.Welcome, "destination", MAX_GREETING_BYTES),
         FrameType.REFUSED: _map(m.Refused, "destination", _SMALL),
         FrameType.ACK: FrameRule(False, ACK.size, 0, False, True, _encode_ack, _decode_ack),
@@ -392,6 +403,7 @@ FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
             _decode_old_copy,
         ),
         FrameType.JOINED: _map(m.Joined, "destination", 0),
+        FrameType.RECOVERED: _map(m.Recovered, "destination", _SMALL),
         FrameType.KEEPALIVE: _map(m.KeepAlive, "both", 0),
         FrameType.ABORT: _map(m.Abort, "both", _SMALL),
         FrameType.BYE: _map(m.Bye, "both", 0),

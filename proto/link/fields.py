@@ -27,7 +27,12 @@ from proto.limits import (
     MIN_JOIN_TOKEN_BYTES,
 )
 from proto.link.frames import FrameType
-from proto.link.messages import GUEST_ON, CommitKind
+from proto.link.messages import (
+    DESTINATION_STATES,
+    GUEST_ON,
+    SOURCE_STATES,
+    CommitKind,
+)
 from proto.packing import (
     Check,
     binary,
@@ -121,6 +126,19 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
         FrameType.READY: {},
         FrameType.RUNNING: {"run_state": NAME, "load_ns": U64, "resume_ns": U64},
         FrameType.JOINED: {},
+        FrameType.RECOVER: {
+            "version": U16,
+            "oldest": U16,
+            "migration_id": binary(MIGRATION_ID_BYTES, MIGRATION_ID_BYTES),
+            "token": binary(MAX_TOKEN_BYTES),
+            "state": one_of(*SOURCE_STATES),
+        },
+        FrameType.RECOVERED: {
+            "state": one_of(*DESTINATION_STATES),
+            "guest_on": one_of("source", "destination", "unknown"),
+            "run_state": optional(NAME),
+            "message": TEXT,
+        },
         FrameType.KEEPALIVE: {},
         FrameType.ABORT: {"code": NAME, "message": TEXT, "guest_on": one_of(*GUEST_ON)},
         FrameType.BYE: {},

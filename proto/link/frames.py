@@ -64,6 +64,7 @@ class FrameType(enum.IntEnum):
     SOURCE_DONE = 34
     DIGEST_QUERY = 35
     JOIN = 36
+    RECOVER = 40
 
     WELCOME = 64
     REFUSED = 65
@@ -76,6 +77,7 @@ class FrameType(enum.IntEnum):
     RUNNING = 72
     OLD_COPY = 73
     JOINED = 74
+    RECOVERED = 80
 
     KEEPALIVE = 96
     ABORT = 97

@@ -26,6 +26,13 @@ GUEST_ON = ("source", "destination", "neither", "unknown", "handed-over")
 """Where a guest can be said to be; never more than is known."""
 
 
+SOURCE_STATES = ("PREPARED", "COMMIT_SENT", "RUNNING", "KEPT", "RETURNED")
+"""What a source can have recorded of a handover."""
+
+DESTINATION_STATES = ("COMMITTED", "ABORTED", "GIVEN_BACK")
+"""What a destination has recorded when it answers."""
+
+
 class CommitKind(enum.Enum):
     """Who commits, and with what (``docs/link-protocol.md``, section Handover)."""
 
@@ -359,6 +366,47 @@ class OldCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class Recover:
+    """RECOVER: what became of this migration's guest? First message of all, instead of HELLO.
+
+    Attributes:
+        migration_id: As in its HELLO.
+        token: As in HELLO.
+        state: What the source's record says, one of ``SOURCE_STATES``.
+        version: Protocol version of the source.
+        oldest: Oldest version it speaks.
+    """
+
+    frame_type: ClassVar[FrameType] = FrameType.RECOVER
+
+    migration_id: bytes
+    token: bytes
+    state: str
+    version: int = PROTOCOL_VERSION
+    oldest: int = OLDEST_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """RECOVERED: what the destination recorded, and what it made sure of.
+
+    Attributes:
+        state: What its record says, one of ``DESTINATION_STATES``.
+        guest_on: ``source`` only if its copy is dead and never ran; ``destination`` if the guest
+            is there; ``unknown`` otherwise.
+        run_state: The guest's run state there in QEMU's words, ``None`` if it is not there.
+        message: For a person.
+    """
+
+    frame_type: ClassVar[FrameType] = FrameType.RECOVERED
+
+    state: str
+    guest_on: str
+    run_state: str | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class KeepAlive:
     """KEEPALIVE: nothing happened, and the sender is there."""
 
@@ -410,6 +458,8 @@ Message = (
     | DigestReply
     | Ready
     | Running
+    | Recover
+    | Recovered
     | OldCopy
     | Join
     | Joined

@@ -69,6 +69,10 @@ class LinkState(enum.Enum):
     """COMMIT was said: the source's guest must never run again, RUNNING is not known yet."""
     RUNNING = "running"
     """The destination said that the guest goes on there."""
+    RECOVERING = "recovering"
+    """RECOVER was said instead of HELLO; the destination sees what became of the guest."""
+    RECOVERED = "recovered"
+    """The destination said what it knows; the source acts on it."""
     BYE_SENT = "bye-sent"
     """We said our last message."""
     BYE_RECEIVED = "bye-received"
@@ -122,6 +126,9 @@ _GREETED: Final = (
 )
 """From HELLO on, until somebody says the end: keep-alives are legal."""
 
+_RECOVERING: Final = (_S.RECOVERING, _S.RECOVERED)
+"""After a crash: either end may need a while for its QEMU, so keep-alives are legal."""
+
 _WELCOMED: Final = _GREETED[1:]
 """From WELCOME on: acknowledgements are legal."""
 
@@ -141,6 +148,11 @@ _SOURCE_SENDS: Final = tuple(t for t in _T if (t < 64 or t >= 96) and t != _T.JO
 SOURCE: Final[Table] = MappingProxyType(
     {
         (_S.START, _T.HELLO, _OUT): _S.GREETING,
+        (_S.START, _T.RECOVER, _OUT): _S.RECOVERING,
+        (_S.RECOVERING, _T.RECOVERED, _IN): _S.RECOVERED,
+        (_S.RECOVERING, _T.REFUSED, _IN): _S.REFUSED,
+        (_S.RECOVERED, _T.BYE, _OUT): _S.BYE_SENT,
+        (_S.RECOVERED, _T.BYE, _IN): _S.BYE_RECEIVED,
         (_S.GREETING, _T.WELCOME, _IN): _S.SETUP,
         (_S.GREETING, _T.REFUSED, _IN): _S.REFUSED,
         (_S.SETUP, _T.OPAQUE, _OUT): _S.SETUP,
@@ -175,7 +187,7 @@ SOURCE: Final[Table] = MappingProxyType(
         (_S.ABORT_SENT, _T.BYE, _OUT): _S.BYE_SENT,
         (_S.ABORTED, _T.BYE, _IN): _S.BYE_RECEIVED,
         (_S.ABORTED, _T.BYE, _OUT): _S.BYE_SENT,
-        **{(s, _T.KEEPALIVE, d): s for s in _GREETED for d in Direction},
+        **{(s, _T.KEEPALIVE, d): s for s in (*_GREETED, *_RECOVERING) for d in Direction},
         **{(s, _T.ACK, _IN): s for s in _WELCOMED},
         **{(s, _T.OLD_COPY, _IN): s for s in _BEFORE_VERDICT},
         **{(s, _T.ABORT, _OUT): _S.ABORT_SENT for s in _REVOCABLE},
@@ -185,7 +197,7 @@ SOURCE: Final[Table] = MappingProxyType(
             (s, t, _IN): s
             for s in (_S.ABORT_SENT, _S.BYE_SENT)
             for t in _DESTINATION_SENDS
-            if t not in (_T.RUNNING, _T.REFUSED, _T.ABORT, _T.BYE)
+            if t not in (_T.RUNNING, _T.RECOVERED, _T.REFUSED, _T.ABORT, _T.BYE)
         },
         **{(s, _T.REFUSED, _IN): _S.REFUSED for s in (_S.ABORT_SENT, _S.BYE_SENT)},
         (_S.BYE_SENT, _T.ABORT, _IN): _S.BYE_SENT,
@@ -196,6 +208,11 @@ SOURCE: Final[Table] = MappingProxyType(
 DESTINATION: Final[Table] = MappingProxyType(
     {
         (_S.START, _T.HELLO, _IN): _S.GREETING,
+        (_S.START, _T.RECOVER, _IN): _S.RECOVERING,
+        (_S.RECOVERING, _T.RECOVERED, _OUT): _S.RECOVERED,
+        (_S.RECOVERING, _T.REFUSED, _OUT): _S.REFUSED,
+        (_S.RECOVERED, _T.BYE, _OUT): _S.BYE_SENT,
+        (_S.RECOVERED, _T.BYE, _IN): _S.BYE_RECEIVED,
         (_S.GREETING, _T.WELCOME, _OUT): _S.SETUP,
         (_S.GREETING, _T.REFUSED, _OUT): _S.REFUSED,
         (_S.SETUP, _T.OPAQUE, _IN): _S.SETUP,
@@ -232,7 +249,7 @@ DESTINATION: Final[Table] = MappingProxyType(
         (_S.ABORT_SENT, _T.BYE, _OUT): _S.BYE_SENT,
         (_S.ABORTED, _T.BYE, _IN): _S.BYE_RECEIVED,
         (_S.ABORTED, _T.BYE, _OUT): _S.BYE_SENT,
-        **{(s, _T.KEEPALIVE, d): s for s in _GREETED for d in Direction},
+        **{(s, _T.KEEPALIVE, d): s for s in (*_GREETED, *_RECOVERING) for d in Direction},
         **{(s, _T.ACK, _OUT): s for s in _WELCOMED},
         **{(s, _T.OLD_COPY, _OUT): s for s in _BEFORE_VERDICT},
         **{(s, _T.ABORT, _OUT): _S.ABORT_SENT for s in _REVOCABLE},
@@ -241,7 +258,7 @@ DESTINATION: Final[Table] = MappingProxyType(
             (s, t, _IN): s
             for s in (_S.ABORT_SENT, _S.BYE_SENT)
             for t in _SOURCE_SENDS
-            if t not in (_T.HELLO, _T.ABORT, _T.BYE)
+            if t not in (_T.HELLO, _T.RECOVER, _T.ABORT, _T.BYE)
         },
         (_S.BYE_SENT, _T.ABORT, _IN): _S.BYE_SENT,
         **{(_S.REFUSED, t, _IN): _S.REFUSED for t in (_T.KEEPALIVE, _T.ABORT, _T.BYE)},

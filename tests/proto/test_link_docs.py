@@ -34,6 +34,8 @@ EXAMPLES: dict[str, tuple[int, Message]] = {
     ),
     "ACK": (0, m.Ack(3, 2)),
     "ABORT": (0, m.Abort("cancelled", "by the user", "source")),
+    "RECOVER": (0, m.Recover(bytes(range(16)), b"", "COMMIT_SENT")),
+    "RECOVERED": (0, m.Recovered("ABORTED", "source", None, "QEMU is dead")),
 }
 
 
