@@ -9,11 +9,11 @@ link is bounded: tightly while the guest runs, by ``STOPPED_BACKLOG_BYTES`` once
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import trio
 import xxhash
 
-from migrate.control.codec_choice import NONE, CodecChoice, CodecSetting, Trial
+from migrate.control.codec_choice import CodecSetting
+from migrate.encoding import PageEncoder, Plan
 from migrate.errors import GuestError
 from migrate.guests.base import SourceGuest
 from migrate.pages.classify import ClassifiedPages, Classifier
@@ -56,8 +56,6 @@ STATE_CODEC = CodecSetting("zstd", 1)
 
 POSTCOPY_ADVISE = bytes.fromhex("08 0003 0010")
 """How QEMU announces at the start of a stream that it may switch to postcopy."""
-
-CODEC_IDS = {"none": CodecId.RAW, "lz4": CodecId.LZ4, "zstd": CodecId.ZSTD}
 
 Classified = ClassifiedPages | GuestEvent
 """Page events are replaced by their classes, all others pass."""
@@ -109,7 +107,7 @@ class Outbound:
         self._slot_count = slot_count
         self._compress = compress
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
-        self._choice = CodecChoice(max(1, runtime.processors // 2))
+        self._encoder = PageEncoder(compress, runtime)
         self.sender = sender
         self.rings = rings
         self.state = OutboundState()
@@ -169,13 +167,9 @@ class Outbound:
                         await self._put_event(item)
 
     def _classify(self, events: list[GuestEvent]) -> list[Classified]:
-        """Classify the pages of a burst, in order; runs in a thread, one burst at a time.
-
-        On a link that carries pages faster than any encoder, copies into the page cache at the
-        destination would cost more than the few references save.
-        """
+        """Classify the pages of a burst, in order; runs in a thread, one burst at a time."""
         classified: list[Classified] = []
-        keep = self._compress.mode != "auto" or self._choice.current != NONE
+        rule = self._encoder.keep_rule()
         for event in events:
             if isinstance(event, RamBlocks):
                 self.state.classifier = Classifier(
@@ -189,91 +183,38 @@ class Outbound:
                 classified.append(
                     classifier.classify_zeros(event)
                     if isinstance(event, ZeroRun)
-                    else classifier.classify(event, keep=keep)
+                    else classifier.classify(event, rule)
                 )
             else:
                 classified.append(event)
         return classified
 
     async def _put_pages(self, pages: ClassifiedPages, nursery: trio.Nursery) -> None:
-        if not len(pages.literal_pages):
+        if not pages.content_bytes:
             for part in _split(pages):
                 item = self._outgoing(part)
-                self._make_ready(item, part, NONE, None)
+                self._make_ready(item, self._encoder.pass_on(part))
                 await self.sender.backlog.put(item, item.raw_bytes + part.zero_pages.nbytes)
             return
         item = self._outgoing(pages)
-        codec, probe = self._pick_codec()
-        if codec == NONE and probe is None:
-            self._make_ready(item, pages, codec, None)
+        plan = self._encoder.plan(pages, self.sender.carried_estimate())
+        item.codec = plan.literals
+        if plan.is_instant:
+            self._make_ready(item, self._encoder.pass_on(pages))
         else:
-            nursery.start_soon(self._encode, item, pages, codec, probe)
-        await self.sender.backlog.put(item, pages.literals.nbytes)
+            nursery.start_soon(self._encode, item, pages, plan)
+        await self.sender.backlog.put(item, pages.content_bytes)
 
     def _outgoing(self, pages: ClassifiedPages) -> Outgoing:
         item = Outgoing(self.state.round_no)
-        item.pages = {
-            "zero": len(pages.zero_pages),
-            "same": pages.same_count,
-            "ref": len(pages.ref_pages),
-            "literal": len(pages.literal_pages),
-        }
+        item.raw_bytes = pages.content_count * PAGE_SIZE
         return item
 
-    def _pick_codec(self) -> tuple[CodecSetting, CodecSetting | None]:
-        """The codec of the next batch, and another to try on it for comparison."""
-        wish = self._compress
-        if wish.mode != "auto":
-            level = (wish.level or 1) if wish.mode == "zstd" else 0
-            return CodecSetting(wish.mode, level), None
-        return self._choice.choose(self.sender.carried_estimate()), self._choice.probe()
+    async def _encode(self, item: Outgoing, pages: ClassifiedPages, plan: Plan) -> None:
+        self._make_ready(item, await self._encoder.encode(pages, plan))
 
-    # --- encode -------------------------------------------------------------------------------
-
-    async def _encode(
-        self,
-        item: Outgoing,
-        pages: ClassifiedPages,
-        codec: CodecSetting,
-        probe: CodecSetting | None,
-    ) -> None:
-        encoded, encode_ns = await self._encode_with(codec, pages)
-        self._make_ready(item, pages, codec, encoded)
-        if self._compress.mode != "auto":
-            return
-        raw_bytes = pages.literals.nbytes
-        probed = None
-        if probe is not None:
-            thrown_away, probe_ns = await self._encode_with(probe, pages)
-            probed = Trial(probe, _length(thrown_away, raw_bytes), probe_ns)
-        trial = Trial(codec, _length(encoded, raw_bytes), encode_ns)
-        self._choice.observe(raw_bytes, trial, probed)
-
-    async def _encode_with(
-        self, codec: CodecSetting, pages: ClassifiedPages
-    ) -> tuple[bytes | None, int]:
-        if codec == NONE:
-            return None, 0
-        costs = ((str(codec), pages.literals.nbytes),)
-        return await self._runtime.work(Step.ENCODE, costs, _encode_literals, pages, codec)
-
-    def _make_ready(
-        self, item: Outgoing, pages: ClassifiedPages, codec: CodecSetting, encoded: bytes | None
-    ) -> None:
-        raw = np.ascontiguousarray(pages.literals).reshape(-1).data
-        item.message = PageBatch(
-            block=pages.block,
-            zero_pages=pages.zero_pages,
-            same_count=pages.same_count,
-            ref_pages=pages.ref_pages,
-            ref_slots=pages.ref_slots,
-            literal_pages=pages.literal_pages,
-            literal_slots=pages.literal_slots,
-            codec_id=CodecId.RAW if encoded is None else CODEC_IDS[codec.codec],
-            encoded=raw if encoded is None else encoded,
-        )
-        item.raw_bytes = (len(pages.ref_pages) + len(pages.literal_pages)) * PAGE_SIZE
-        item.codec = codec if len(pages.literal_pages) else None
+    def _make_ready(self, item: Outgoing, batch: PageBatch) -> None:
+        item.message = batch
         item.ready.set()
 
     # --- everything that is not a page ----------------------------------------------------------
@@ -369,13 +310,3 @@ def _split(pages: ClassifiedPages) -> list[ClassifiedPages]:
 def _classify_costs(events: list[GuestEvent]) -> Costs:
     """What classifying a burst is made of."""
     return [("", event.data.nbytes) for event in events if isinstance(event, PageRun)]
-
-
-def _length(encoded: bytes | None, raw_bytes: int) -> int:
-    return raw_bytes if encoded is None else len(encoded)
-
-
-def _encode_literals(pages: ClassifiedPages, codec: CodecSetting) -> bytes | None:
-    """Compress a batch's literals together; None if they do not shrink. Runs in a thread."""
-    raw = np.ascontiguousarray(pages.literals).reshape(-1)
-    return make_codec(CODEC_IDS[codec.codec], codec.level or 1).encode(raw.data)

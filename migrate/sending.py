@@ -41,7 +41,6 @@ class Outgoing:
         round_no: Round its pages belong to.
         message: What to send; None until it is encoded.
         ready: Set when ``message`` is.
-        pages: Pages by class, for the ledger.
         raw_bytes: What it stands for in the destination guest.
         codec: How its pages were encoded.
     """
@@ -49,7 +48,6 @@ class Outgoing:
     round_no: int
     message: Message | None = None
     ready: trio.Event = field(default_factory=trio.Event)
-    pages: dict[str, int] = field(default_factory=dict)
     raw_bytes: int = 0
     codec: CodecSetting | None = None
 
@@ -171,7 +169,8 @@ class Sender:
         self.carried.sent(wire_bytes, now_ns)
         if isinstance(item.message, PageBatch):
             round_no = min(item.round_no, len(self._ledger.rounds) - 1)
-            self._ledger.add_pages(round_no, item.pages, bytes_by_class(item.message))
+            pages = item.message.pages_by_class
+            self._ledger.add_pages(round_no, pages, bytes_by_class(item.message))
             self._note_round(round_no, item)
         self.settle_ledger()
 

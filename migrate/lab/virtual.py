@@ -65,13 +65,13 @@ class CostModel:
 
     Attributes:
         classify: Digest, lookups and comparisons of a page with content.
-        encode: By codec; zstd's levels above 1 follow from ``zstd``.
+        encode: By codec; zstd's levels above 1 follow from ``zstd``. ``delta``: differences.
         decode: By codec; digest and copies are in it.
     """
 
     classify: float = 0.15
     encode: Mapping[str, float] = field(
-        default_factory=lambda: {"none": 0.0, "lz4": 0.85, "zstd": 1.83}
+        default_factory=lambda: {"none": 0.0, "lz4": 0.85, "zstd": 1.83, "delta": 0.2}
     )
     decode: Mapping[str, float] = field(
         default_factory=lambda: {"none": 0.2, "lz4": 0.6, "zstd": 1.2}

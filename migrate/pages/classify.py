@@ -1,20 +1,21 @@
-"""Source: every page that leaves gets exactly one class: zero, same, ref or literal.
+"""Source: every page that leaves gets exactly one class: zero, same, ref, delta or literal.
 
 Classification decides on one private copy of the page, in stream order, because each decision
 changes what the destination holds (its pages, its cache) for the next one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from migrate.pages.digests import DigestTable, digest_pages, zero_digest
-from migrate.pages.page_cache import NO_SLOT, SlotIndex
-from proto.guest_events import PageRun, RamBlock, ZeroRun
+from migrate.pages.page_cache import Rows, SourceCache
+from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
+from proto.link.page_lists import NO_PAGES, Pages
 
-_NO_PAGES = np.empty(0, np.uint32)
+_NO_ROWS = np.empty((0, PAGE_SIZE), np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,25 +28,56 @@ class ClassifiedPages:
         same_count: Pages whose content the destination already has at this very address.
         ref_pages: Pages whose content is in slot ``ref_slots`` of the destination's cache.
         ref_slots: Slots read, as the cache was before this batch's own writes.
+        delta_pages: Pages that travel as the difference to a slot.
+        delta_bases: The slots, which hold the new content afterwards.
+        differences: XOR of each delta page and its base, shape (n, 4096).
         literal_pages: Pages that travel.
         literal_slots: Slot that each literal page goes into, or NO_SLOT.
         literals: Contents of the literal pages, shape (n, 4096).
     """
 
     block: int
-    zero_pages: NDArray[np.uint32]
-    same_count: int
-    ref_pages: NDArray[np.uint32]
-    ref_slots: NDArray[np.uint32]
-    literal_pages: NDArray[np.uint32]
-    literal_slots: NDArray[np.uint32]
-    literals: NDArray[np.uint8]
+    zero_pages: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
+    same_count: int = 0
+    ref_pages: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
+    ref_slots: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
+    delta_pages: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
+    delta_bases: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
+    differences: Rows = field(default_factory=lambda: _NO_ROWS)
+    literal_pages: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
+    literal_slots: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
+    literals: Rows = field(default_factory=lambda: _NO_ROWS)
+
+    @property
+    def content_count(self) -> int:
+        """Pages that the destination is given content for, zero pages apart."""
+        return len(self.ref_pages) + len(self.delta_pages) + len(self.literal_pages)
+
+    @property
+    def content_bytes(self) -> int:
+        """Bytes that wait to be encoded."""
+        return self.differences.nbytes + self.literals.nbytes
 
     @property
     def page_count(self) -> int:
         """All pages of the batch."""
-        known = len(self.zero_pages) + self.same_count
-        return known + len(self.ref_pages) + len(self.literal_pages)
+        return len(self.zero_pages) + self.same_count + self.content_count
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRule:
+    """What is worth to be kept, and to be sent as a difference, at the moment.
+
+    Attributes:
+        fresh: Pages that are sent for the first time may take free slots of the cache.
+        max_words: A page of which more 64-bit words differ travels as it is; 0 = all do.
+    """
+
+    fresh: bool = True
+    max_words: int = 128
+
+
+KEEP = KeepRule()
 
 
 class Classifier:
@@ -55,50 +87,43 @@ class Classifier:
         self._seed = seed
         self._zero = zero_digest(seed)
         self.table = DigestTable(blocks, seed)
-        self._slots = SlotIndex(slot_count)
+        self._cache = SourceCache(slot_count, self.table.page_count)
 
     def classify_zeros(self, run: ZeroRun) -> ClassifiedPages:
         """Classify pages the guest's side already found to be zero."""
         known = (self.table.get(run.block, run.pages) == self._zero).all(axis=1)
         fresh = run.pages[~known]
         self.table.put(run.block, fresh, self._zero)
-        empty = np.empty((0, 4096), np.uint8)
-        return ClassifiedPages(
-            run.block,
-            fresh,
-            int(known.sum()),
-            _NO_PAGES,
-            _NO_PAGES,
-            _NO_PAGES,
-            _NO_PAGES,
-            empty,
-        )
+        return ClassifiedPages(run.block, fresh, int(known.sum()))
 
-    def classify(self, run: PageRun, *, keep: bool = True) -> ClassifiedPages:
+    def classify(self, run: PageRun, rule: KeepRule = KEEP) -> ClassifiedPages:
         """Classify pages with content; ``literals`` may be ``run.data`` itself.
 
         Args:
             run: The pages.
-            keep: Whether literal pages go into the page cache.
+            rule: What is worth to be kept.
         """
         digests = digest_pages(run.data, self._seed)
-        same = (self.table.get(run.block, run.pages) == digests).all(axis=1)
+        where = self.table.rows(run.block, run.pages)
+        same = (self.table.exchange(where, digests) == digests).all(axis=1)
         zero = (digests == self._zero).all(axis=1) & ~same
-        found, slots = self._slots.find(digests)
+        found, slots = self._cache.index.find(digests)
         ref = found & ~same & ~zero
-        literal = ~(same | zero | ref)
-        self.table.put(run.block, run.pages, digests)
-        all_literal = bool(literal.all())
-        slots_kept = self._slots.insert(digests[literal]) if keep else None
-        return ClassifiedPages(
-            run.block,
-            run.pages[zero],
-            int(same.sum()),
-            run.pages[ref],
-            slots[ref],
-            run.pages if all_literal else run.pages[literal],
-            slots_kept
-            if slots_kept is not None
-            else np.full(literal.sum(), NO_SLOT, np.uint32),
-            run.data if all_literal else run.data[literal],
+        known = same | zero | ref
+        pages, data = run.pages, run.data
+        elsewhere: tuple[Pages, int, Pages, Pages] = (NO_PAGES, 0, NO_PAGES, NO_PAGES)
+        if known.any():
+            elsewhere = (pages[zero], int(same.sum()), pages[ref], slots[ref])
+            new = ~known
+            pages, data, digests, where = pages[new], data[new], digests[new], where[new]
+        kept = self._cache.keep(
+            where, data, digests, keep_fresh=rule.fresh, max_words=rule.max_words
         )
+        delta = kept.is_delta
+        if delta is None:
+            nothing = (NO_PAGES, NO_PAGES, _NO_ROWS)
+            return ClassifiedPages(run.block, *elsewhere, *nothing, pages, kept.slots, data)
+        differing = (pages[delta], kept.slots[delta], kept.differences)
+        rest = ~delta
+        literals = (pages[rest], kept.slots[rest], data[rest])
+        return ClassifiedPages(run.block, *elsewhere, *differing, *literals)

@@ -67,13 +67,23 @@ class DigestTable:
         """Pages of all blocks."""
         return len(self._table)
 
+    def rows(self, block: int, pages: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Where ``pages`` stand in the table: their numbers counted over all blocks."""
+        return pages.astype(np.int64) + self._first[block]
+
     def get(self, block: int, pages: NDArray[np.uint32]) -> Digests:
         """Digests of ``pages``, shape (n, 2), a copy."""
-        return self._table[pages.astype(np.int64) + self._first[block]]
+        return self._table[self.rows(block, pages)]
 
     def put(self, block: int, pages: NDArray[np.uint32], digests: Digests) -> None:
         """Set the digests of ``pages``; ``digests`` shape (n, 2) or (2,)."""
-        self._table[pages.astype(np.int64) + self._first[block]] = digests
+        self._table[self.rows(block, pages)] = digests
+
+    def exchange(self, rows: NDArray[np.int64], digests: Digests) -> Digests:
+        """Set the digests of rows (``rows()``); returns what they were, shape (n, 2)."""
+        before = self._table[rows]
+        self._table[rows] = digests
+        return before
 
     def touched_pages(self) -> int:
         """Number of pages that travelled at least once."""

@@ -6,6 +6,7 @@ beside it is as plain as can be: a dict of bytes for the pages that the test wri
 of memory at the stop, and a list of what clients saw answered.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -173,6 +174,7 @@ class Life:
         move: The migration under way, if any.
         arrivals: How often it arrived elsewhere.
         resumes: How often it went on after a stop.
+        classes: Pages by class, in all migrations that were verified.
     """
 
     def __init__(self, profile: Profile, *, track_dma: bool = True) -> None:
@@ -183,6 +185,7 @@ class Life:
         self._done_elsewhere: list[tuple[int, int]] = []
         self._behind_ns = 0
         self.arrivals = self.resumes = 0
+        self.classes = Counter[str]()
         self.move: Move | None = None
         self.guest = SimulatedGuest(
             profile,
@@ -292,6 +295,7 @@ class Life:
             return None
         move.deliver()
         move.verify()
+        self.classes.update(move.classes)
         if way == "verified":
             return None
         completed = self._done if way == "arrives" else self._done_elsewhere

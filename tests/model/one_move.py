@@ -6,14 +6,14 @@ only a task could do, asking for pages and waiting, is left to whoever calls.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import xxhash
 
 from migrate.guests.simulated_source import BLOCK_NAME, RAM_START, DirtyWalk
 from migrate.pages.apply import PageApplier
-from migrate.pages.classify import ClassifiedPages, Classifier
+from migrate.pages.classify import KEEP, ClassifiedPages, Classifier, KeepRule
+from migrate.pages.encode import encode_rows, make_batch
 from migrate.report.ledger import PAGE_CLASSES, Ledger
 from migrate.simulation.guest import SimulatedGuest, load_guest
 from migrate.simulation.ram import SimulatedRam
@@ -37,13 +37,13 @@ class MoveParams:
         digest_seed: Of its page digests.
         cache_slots: Size of the page cache in pages.
         codec_id: Of page content, a ``CodecId``.
-        keep: Whether literal pages go into the page cache.
+        rule: What is kept, and what travels as a difference.
     """
 
     digest_seed: int
     cache_slots: int
     codec_id: int
-    keep: bool = True
+    rule: KeepRule = KEEP
 
 
 class Move:
@@ -98,6 +98,11 @@ class Move:
     # --- the source's end --------------------------------------------------------------------
 
     @property
+    def classes(self) -> dict[str, int]:
+        """Pages by class, as they arrived."""
+        return self._classes[1]
+
+    @property
     def pages_left(self) -> int:
         """Pages of the round that were not announced yet."""
         return len(self._walk)
@@ -120,31 +125,21 @@ class Move:
         for at in range(0, len(full), MAX_RUN_PAGES):
             pages = full[at : at + MAX_RUN_PAGES]
             run = PageRun(0, pages, ram.rows(pages))
-            self._send_classified(self._classifier.classify(run, keep=self.params.keep))
+            self._send_classified(self._classifier.classify(run, self.params.rule))
         if zero.any():
             self._send_classified(self._classifier.classify_zeros(ZeroRun(0, window[zero])))
         self.sent_pages += len(window)
 
     def _send_classified(self, found: ClassifiedPages) -> None:
-        raw = np.ascontiguousarray(found.literals).reshape(-1).data
-        codec_id: int = CodecId.RAW
-        encoded = make_codec(self.params.codec_id).encode(raw) if len(raw) else None
-        if encoded is not None:
-            codec_id = self.params.codec_id
+        codec = make_codec(self.params.codec_id)
         zeros = split_zero_pages(found.zero_pages)
-        first = PageBatch(
-            0,
-            zeros[0] if zeros else found.zero_pages,
-            found.same_count,
-            found.ref_pages,
-            found.ref_slots,
-            found.literal_pages,
-            found.literal_slots,
-            codec_id,
-            raw if encoded is None else encoded,
+        first = replace(found, zero_pages=zeros[0]) if zeros else found
+        literals, differences = (
+            encode_rows(x, codec) for x in (found.literals, found.differences)
         )
-        for batch in (first, *(PageBatch(0, pages) for pages in zeros[1:])):
-            self._say(batch)
+        self._say(make_batch(first, literals, differences))
+        for pages in zeros[1:]:
+            self._say(PageBatch(0, pages))
 
     def stop(self) -> None:
         """Stop the guest; what its devices wrote while they came to rest is dirty, too."""

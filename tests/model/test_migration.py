@@ -9,6 +9,7 @@ engine must be found by the same machine. More runs go through both commands on 
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -27,7 +28,8 @@ from numpy.typing import NDArray
 
 from migrate.errors import GuestOn
 from migrate.lab.virtual import VirtualParams
-from migrate.pages.apply import AppliedBatch, PageApplier
+from migrate.pages.apply import AppliedBatch, PageApplier, apply_differences
+from migrate.pages.classify import KeepRule
 from migrate.simulation.dirty_bitmap import DirtyBitmap
 from migrate.simulation.profile import Profile, read_profile
 from migrate.simulation.ram import Pages, SimulatedRam
@@ -96,7 +98,7 @@ moves = st.builds(
     st.integers(1, 1 << 62),
     st.sampled_from([0, 1, 16, 400, 4096]),
     st.sampled_from([CodecId.RAW, CodecId.LZ4, CodecId.LZ4, CodecId.ZSTD]),
-    st.booleans(),
+    st.builds(KeepRule, st.booleans(), st.sampled_from([0, 2, 128, 512])),
 )
 ways: st.SearchStrategy[Way] = st.sampled_from(
     ["arrives", "arrives", "arrives", "loaded", "verified", "sent", "stopped"]
@@ -242,6 +244,21 @@ def test_a_balloon_that_is_quiet_between_two_wishes_is_not_judged_yet() -> None:
     assert counts["inflated"] == counts["deflated"] == 17
 
 
+@pytest.mark.parametrize("cache_slots", [0, 16, 4096])
+def test_pages_that_a_guest_writes_again_arrive_as_differences(cache_slots: int) -> None:
+    life = Life(read_profile({"name": "writer", "ram": "4MiB", "devices": []}))
+    move = life.begin_move(MoveParams(1, cache_slots, CodecId.ZSTD))
+    for number in range(4):
+        for page in range(SCRATCH_PAGES):
+            life.write("vcpu", page, 100 + number, b"abcd")
+        move.harvest()
+        move.send(move.pages_left)
+        move.deliver()
+    life.stop("arrives", 0)
+    life.finish()
+    assert life.classes["delta"] == 3 * min(cache_slots, SCRATCH_PAGES)
+
+
 # --- faults planted into one step of a migration; each must be found -----------------------------
 
 
@@ -260,6 +277,28 @@ def a_batch_is_lost(patch: pytest.MonkeyPatch) -> None:
         return AppliedBatch(None, None) if next_of(self) == 3 else apply(self, batch)
 
     patch.setattr(PageApplier, "apply", lossy)
+
+
+def a_delta_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """One page of each batch that has any stays as its base is."""
+
+    def lossy(batch: PageBatch, rows: NDArray[np.uint8]) -> None:
+        base = rows[0].copy()
+        apply_differences(batch, rows)
+        rows[0] = base
+
+    patch.setattr("migrate.pages.apply.apply_differences", lossy)
+
+
+def a_delta_has_the_base_of_another(patch: pytest.MonkeyPatch) -> None:
+    """The slot beside the one that the batch names."""
+    apply = PageApplier.apply
+
+    def wrong(self: PageApplier, batch: PageBatch) -> AppliedBatch:
+        bases = batch.delta_bases ^ np.uint32(1)
+        return apply(self, replace(batch, delta_bases=bases))
+
+    patch.setattr(PageApplier, "apply", wrong)
 
 
 def decoded_pages_are_lost(patch: pytest.MonkeyPatch) -> None:
@@ -324,6 +363,8 @@ FAULTS: Final = [
     (dma_is_not_tracked, "net"),
     (dma_is_not_tracked, "emulated"),
     (a_batch_is_lost, "all"),
+    (a_delta_is_lost, "all"),
+    (a_delta_has_the_base_of_another, "all"),
     (decoded_pages_are_lost, "all"),
     (harvest_clears_after_reading, "all"),
     (in_flight_is_dropped, "all"),

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import trio
@@ -13,6 +14,7 @@ from migrate.errors import LandingError
 from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
 from migrate.outbound import Outbound
+from migrate.pages.apply import AppliedBatch, PageApplier
 from migrate.pages.page_cache import SlotStore
 from migrate.qemu import virtio_queries
 from migrate.qemu.landing import QemuRam
@@ -89,6 +91,28 @@ def read_wrong_slot() -> None:
         read_into(self, (slots + 1) % self.slot_count, out)
 
     store.read_into = wrong  # type: ignore[method-assign]
+
+
+def lose_delta() -> None:
+    """One page of each batch that has differences stays as it was."""
+    apply_differences = migrate.pages.apply.apply_differences
+
+    def losing(batch: PageBatch, rows: NDArray[np.uint8]) -> None:
+        before = rows[-1].copy()
+        apply_differences(batch, rows)
+        rows[-1] = before
+
+    migrate.pages.apply.apply_differences = losing
+
+
+def use_wrong_base() -> None:
+    """Differences are applied to the content of the slot beside the one that was meant."""
+    apply = PageApplier.apply
+
+    def wrong(self: PageApplier, batch: PageBatch) -> AppliedBatch:
+        return apply(self, replace(batch, delta_bases=batch.delta_bases ^ np.uint32(1)))
+
+    PageApplier.apply = wrong  # type: ignore[method-assign]
 
 
 def lose_frame() -> None:
@@ -181,6 +205,8 @@ FAULTS = {
         hide_memory,
         lose_memory,
         read_wrong_slot,
+        lose_delta,
+        use_wrong_base,
         lose_frame,
         drop_batch,
         flip_device_state,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from migrate.pages.apply import PageApplier
 from migrate.pages.digests import digest_pages, zero_digest
 from migrate.pages.landed import LandedRam
-from migrate.pages.page_cache import NO_SLOT
+from migrate.pages.slot_policy import NO_SLOT
 from proto.codecs import CodecId, make_codec
 from proto.errors import CodecError
 from proto.guest_events import PAGE_SIZE, RamBlock

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from migrate.pages.apply import AppliedBatch, PageApplier
-from migrate.pages.classify import ClassifiedPages, Classifier
+from migrate.pages.classify import KEEP, ClassifiedPages, Classifier, KeepRule
 from migrate.pages.digests import DigestTable, digest_pages, zero_digest
-from migrate.pages.page_cache import NO_SLOT, SlotIndex, SlotStore
+from migrate.pages.encode import encode_rows, make_batch
+from migrate.pages.slot_policy import NO_SLOT
 from proto.codecs import CodecId, make_codec
 from proto.errors import CodecError
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
@@ -41,7 +42,8 @@ Writes = dict[int, int]
 
 
 def content(number: int) -> bytes:
-    return number.to_bytes(8) * 512
+    """Four numbers that follow each other have contents of which 12 of 512 words differ."""
+    return (number // 4).to_bytes(8) * 500 + number.to_bytes(8) * 12
 
 
 def rows(numbers: Sequence[int]) -> NDArray[np.uint8]:
@@ -61,6 +63,7 @@ class Migration:
     in_place: bool = False
     fresh: frozenset[int] = frozenset()
     codec_id: int = CodecId.LZ4
+    rule: KeepRule = KEEP
     source: dict[tuple[int, int], int] = field(default_factory=dict)
     destination: dict[tuple[int, int], bytes] = field(default_factory=dict)
     classes: list[ClassifiedPages] = field(default_factory=list)
@@ -80,7 +83,7 @@ class Migration:
         pages = page_array(sorted(writes))
         self.source |= {(block, page): number for page, number in writes.items()}
         data = rows([writes[page] for page in pages.tolist()])
-        self.deliver(self.classifier.classify(PageRun(block, pages, data)))
+        self.deliver(self.classifier.classify(PageRun(block, pages, data), self.rule))
 
     def send_zeros(self, block: int, pages: set[int]) -> None:
         self.source |= {(block, page): 0 for page in pages}
@@ -92,19 +95,9 @@ class Migration:
         self.check()
 
     def over_the_link(self, pages: ClassifiedPages) -> PageBatch:
-        raw = np.ascontiguousarray(pages.literals).reshape(-1).data
-        encoded = make_codec(self.codec_id).encode(raw) if len(raw) else None
-        batch = PageBatch(
-            pages.block,
-            pages.zero_pages,
-            pages.same_count,
-            pages.ref_pages,
-            pages.ref_slots,
-            pages.literal_pages,
-            pages.literal_slots,
-            CodecId.RAW if encoded is None else self.codec_id,
-            raw if encoded is None else encoded,
-        )
+        codec = make_codec(self.codec_id)
+        differences = encode_rows(pages.differences, make_codec(CodecId.ZSTD))
+        batch = make_batch(pages, encode_rows(pages.literals, codec), differences)
         header, buffers = encode_pages(batch)
         payload = b"".join(buffers)
         account = bytes_by_class(batch)
@@ -145,19 +138,18 @@ events = st.integers(0, 1).flatmap(
 
 @given(
     st.lists(events, max_size=25),
-    st.sampled_from([0, 1, 2, 7, ALL_PAGES, 3 * ALL_PAGES]),
-    st.booleans(),
-    st.sampled_from([frozenset(), frozenset({0})]),
-    st.sampled_from(CodecId),
+    st.builds(
+        Migration,
+        cache_slots=st.sampled_from([0, 1, 2, 7, ALL_PAGES, 3 * ALL_PAGES]),
+        in_place=st.booleans(),
+        fresh=st.sampled_from([frozenset(), frozenset({0})]),
+        codec_id=st.sampled_from(CodecId),
+        rule=st.builds(KeepRule, st.booleans(), st.sampled_from([0, 12, 512])),
+    ),
 )
 def test_after_every_batch_both_sides_hold_the_same(
-    batches: list[tuple[int, Writes, bool]],
-    cache_slots: int,
-    in_place: bool,
-    fresh: frozenset[int],
-    codec_id: int,
+    batches: list[tuple[int, Writes, bool]], migration: Migration
 ) -> None:
-    migration = Migration(cache_slots, in_place, fresh, codec_id)
     sent = 0
     for block, writes, as_zeros in batches:
         sent += len(writes)
@@ -191,15 +183,61 @@ def test_zero_pages_that_the_destination_has_are_not_sent_again() -> None:
     assert (last.zero_pages.tolist(), last.same_count) == ([2], 2)
 
 
-def test_the_oldest_page_leaves_the_cache_and_travels_again() -> None:
+def test_a_page_that_is_sent_again_travels_as_the_difference_to_its_slot() -> None:
+    migration = Migration(cache_slots=8)
+    migration.send(0, {3: 8, 4: 20, 5: 12})
+    migration.send(0, {3: 9, 4: 40, 5: 12, 6: 30})
+    last = migration.classes[-1]
+    assert (last.delta_pages.tolist(), last.delta_bases.tolist()) == ([3], [0])
+    assert last.same_count == 1
+    assert last.literal_pages.tolist() == [4, 6], "wholly rewritten, and new"
+    assert last.literal_slots.tolist() == [1, 3], "the newest version stays in the page's slot"
+    migration.send(0, {3: 10, 4: 41})
+    assert migration.classes[-1].delta_bases.tolist() == [0, 1]
+
+
+def test_a_base_stays_good_whatever_happened_to_the_page_meanwhile() -> None:
+    migration = Migration(cache_slots=8)
+    migration.send(0, {0: 40, 3: 8})
+    migration.send_zeros(0, {3})
+    migration.send(0, {3: 40})
+    assert migration.classes[-1].ref_pages.tolist() == [3]
+    migration.send(0, {3: 9})
+    assert migration.classes[-1].delta_bases.tolist() == [1], "the version from before"
+
+
+def test_what_is_new_takes_free_slots_only() -> None:
     migration = Migration(cache_slots=2)
-    for page, number in enumerate([1, 2, 3]):
+    for page, number in enumerate([10, 20, 28]):
         migration.send(0, {page: number})
     slots = [part.literal_slots.tolist() for part in migration.classes]
-    assert slots == [[0], [1], [0]]
-    migration.send(0, {5: 3, 6: 1})
-    assert migration.classes[-1].ref_pages.tolist() == [5]
-    assert migration.classes[-1].literal_pages.tolist() == [6]
+    assert slots == [[0], [1], [NO_SLOT]]
+    migration.send(0, {2: 29})
+    assert migration.classes[-1].literal_slots.tolist() == [0], "that of a page sent only once"
+    migration.send(0, {2: 30, 5: 20, 6: 10})
+    last = migration.classes[-1]
+    assert last.delta_pages.tolist() == [2]
+    assert last.ref_pages.tolist() == [5]
+    assert last.literal_pages.tolist() == [6]
+
+
+def test_nothing_new_is_kept_where_that_does_not_pay() -> None:
+    migration = Migration(cache_slots=4, rule=KeepRule(fresh=False, max_words=20))
+    migration.send(0, {0: 8, 1: 20})
+    assert migration.classes[-1].literal_slots.tolist() == [NO_SLOT] * 2
+    migration.send(0, {0: 9})
+    assert migration.classes[-1].literal_slots.tolist() == [0]
+    migration.send(0, {0: 10})
+    assert migration.classes[-1].delta_pages.tolist() == [0]
+
+
+def test_no_differences_where_there_is_no_codec_for_them() -> None:
+    migration = Migration(cache_slots=4, rule=KeepRule(max_words=0))
+    for number in (8, 9, 10):
+        migration.send(0, {0: number, 1: 20})
+    assert all(not len(part.delta_pages) for part in migration.classes)
+    migration.send(0, {2: 10})
+    assert migration.classes[-1].ref_slots.tolist() == [0], "references see the newest version"
 
 
 def test_a_batch_larger_than_the_cache_keeps_what_fits() -> None:
@@ -304,45 +342,3 @@ def test_a_range_digest_finds_where_tables_differ() -> None:
     assert differing == [(1, 4)]
     assert one.range_digest(1, 0, 4) == other.range_digest(1, 0, 4)
     assert one.page_count == ALL_PAGES
-
-
-# --- the cache ------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=8), max_size=20),
-    st.integers(0, 40),
-)
-def test_what_the_index_finds_is_what_the_store_holds(
-    batches: list[list[int]], slot_count: int
-) -> None:
-    index, store = SlotIndex(slot_count), SlotStore(slot_count)
-    model: dict[int, int] = {}
-    for numbers in batches:
-        data = rows(numbers)
-        digests = digest_pages(data, SEED)
-        found, slots = index.find(digests)
-        for number, hit, slot in zip(numbers, found.tolist(), slots.tolist(), strict=True):
-            assert not hit or model[slot] == number
-        written = index.insert(digests)
-        store.write(written, data)
-        kept = [
-            (slot, n)
-            for slot, n in zip(written.tolist(), numbers, strict=True)
-            if slot != NO_SLOT
-        ]
-        assert len(kept) == min(len(numbers), slot_count)
-        assert len({slot for slot, _ in kept}) == len(kept)
-        model |= dict(kept)
-        out = plain_pages(len(model))
-        store.read_into(page_array(list(model)), out)
-        assert np.array_equal(out, rows(list(model.values())))
-
-
-def test_the_cache_finds_most_of_what_it_holds() -> None:
-    # The index is direct-mapped; about one page in nine shadows another.
-    index = SlotIndex(4096)
-    digests = digest_pages(rows(range(1, 4097)), SEED)
-    index.insert(digests)
-    found, _ = index.find(digests)
-    assert found.mean() > 0.85

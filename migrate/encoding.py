@@ -1,0 +1,125 @@
+"""Source: how a batch's content is encoded, and what of it is worth keeping for later.
+
+Encoding happens in threads, several batches at a time; the choice of codecs is made in the order of
+the batches, in the trio thread.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from migrate.control.codec_choice import NONE, CodecChoice, CodecSetting, Trial
+from migrate.control.delta_choice import DeltaChoice, delta_codec
+from migrate.control.goodput import GoodputEstimate
+from migrate.pages.classify import ClassifiedPages, KeepRule
+from migrate.pages.encode import NOTHING, Encoded, encode_rows, make_batch
+from migrate.pages.page_cache import Rows
+from migrate.params import Compress
+from migrate.runtime import Runtime, Step
+from proto.codecs import Codec, CodecId, make_codec
+from proto.link.pages import PageBatch
+
+CODEC_IDS: Final = {"none": CodecId.RAW, "lz4": CodecId.LZ4, "zstd": CodecId.ZSTD}
+
+DELTA_COST: Final = "delta"
+"""What the runtime's cost model calls the encoding of differences: it costs less than that of
+pages, whatever the codec."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one batch is encoded.
+
+    Attributes:
+        literals: Codec of the literals; ``None`` = it has none.
+        probe: Another codec to try on them for comparison.
+        deltas: Codec of the deltas; ``None`` = it has none.
+    """
+
+    literals: CodecSetting | None = None
+    probe: CodecSetting | None = None
+    deltas: CodecSetting | None = None
+
+    @property
+    def is_instant(self) -> bool:
+        """Nothing has to be computed."""
+        return self.literals in (None, NONE) and self.probe is None and self.deltas is None
+
+
+class PageEncoder:
+    """Chooses codecs and encodes batches, for one migration."""
+
+    def __init__(self, compress: Compress, runtime: Runtime) -> None:
+        self._compress = compress
+        self._runtime = runtime
+        self._choice = CodecChoice(max(1, runtime.processors // 2))
+        self._deltas = DeltaChoice()
+        self._delta_codec = delta_codec(compress.mode)
+
+    @property
+    def _literal_codec(self) -> CodecSetting:
+        """The codec that the next batch will probably get."""
+        wish = self._compress
+        if wish.mode == "auto":
+            return self._choice.current
+        return CodecSetting(wish.mode, (wish.level or 1) if wish.mode == "zstd" else 0)
+
+    def keep_rule(self) -> KeepRule:
+        """What the classifier should keep and send as differences at the moment.
+
+        On a link that carries pages faster than any encoder, copies of pages that are sent for the
+        first time would cost more, here and at the destination, than they save.
+        """
+        codec = self._literal_codec
+        fresh = self._compress.mode != "auto" or codec != NONE
+        deltas = self._delta_codec != NONE
+        return KeepRule(fresh, self._deltas.max_words(codec) if deltas else 0)
+
+    def plan(self, pages: ClassifiedPages, link: GoodputEstimate | None) -> Plan:
+        """Choose codecs for the next batch; call it once for each, in their order.
+
+        Args:
+            pages: The batch.
+            link: What the link carried lately, ``None`` while unknown.
+        """
+        deltas = self._delta_codec if len(pages.delta_pages) else None
+        if not len(pages.literal_pages):
+            return Plan(deltas=deltas)
+        if self._compress.mode != "auto":
+            return Plan(self._literal_codec, None, deltas)
+        return Plan(self._choice.choose(link), self._choice.probe(), deltas)
+
+    def pass_on(self, pages: ClassifiedPages) -> PageBatch:
+        """Make a batch of which nothing has to be encoded."""
+        return make_batch(pages, encode_rows(pages.literals, None), NOTHING)
+
+    async def encode(self, pages: ClassifiedPages, plan: Plan) -> PageBatch:
+        """Make a batch, and learn from how it went."""
+        differences = literals = NOTHING
+        if plan.deltas is not None:
+            differences, _ = await self._run(pages.differences, plan.deltas, DELTA_COST)
+        if plan.literals is not None:
+            literals = await self._encode_literals(pages.literals, plan.literals, plan.probe)
+        return make_batch(pages, literals, differences)
+
+    async def _encode_literals(
+        self, rows: Rows, codec: CodecSetting, probe: CodecSetting | None
+    ) -> Encoded:
+        encoded, encode_ns = await self._run(rows, codec, str(codec))
+        if codec != NONE:
+            self._deltas.observe(rows.nbytes, len(encoded.data))
+        if self._compress.mode == "auto":
+            probed = None
+            if probe is not None:
+                thrown_away, probe_ns = await self._run(rows, probe, str(probe))
+                probed = Trial(probe, len(thrown_away.data), probe_ns)
+            self._choice.observe(
+                rows.nbytes, Trial(codec, len(encoded.data), encode_ns), probed
+            )
+        return encoded
+
+    async def _run(self, rows: Rows, setting: CodecSetting, cost: str) -> tuple[Encoded, int]:
+        if setting == NONE:
+            return encode_rows(rows, None), 0
+        codec: Codec = make_codec(CODEC_IDS[setting.codec], setting.level or 1)
+        costs = ((cost, rows.nbytes),)
+        return await self._runtime.work(Step.ENCODE, costs, encode_rows, rows, codec)

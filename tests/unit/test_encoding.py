@@ -1,0 +1,139 @@
+"""Encoding a batch: which codec its parts get, and what is learned for the next."""
+
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
+
+import numpy as np
+import pytest
+
+from migrate.control.codec_choice import LZ4, NONE, ZSTD_1, ZSTD_3, CodecSetting
+from migrate.control.delta_choice import FAST_MAX_WORDS, PAGE_WORDS, DeltaChoice, delta_codec
+from migrate.control.goodput import GoodputEstimate
+from migrate.encoding import PageEncoder, Plan
+from migrate.pages.classify import ClassifiedPages
+from migrate.params import Compress
+from migrate.runtime import Costs, RealRuntime, Step
+from proto.codecs import CodecId, decode
+from proto.guest_events import PAGE_SIZE
+from proto.limits import NOT_CACHED
+from tests.strategies import page_array
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+RANDOM = np.random.default_rng(1)
+
+
+class Recorded(RealRuntime):
+    """Work at once; remembers what it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.costs: list[tuple[str, int]] = []
+
+    async def work(
+        self, step: Step, costs: Costs, function: Callable[[*Ts], T], *args: *Ts
+    ) -> tuple[T, int]:
+        assert step is Step.ENCODE
+        self.costs += costs
+        return function(*args), 1
+
+
+def pages(literals: int = 0, deltas: int = 0) -> ClassifiedPages:
+    """Half random literals, and differences of 8 bytes."""
+    content = RANDOM.integers(0, 256, (literals, PAGE_SIZE), np.uint8)
+    content[:, PAGE_SIZE // 2 :] = 7
+    differences = np.zeros((deltas, PAGE_SIZE), np.uint8)
+    differences[:, 50:58] = 1
+    return ClassifiedPages(
+        0,
+        delta_pages=page_array(range(deltas)),
+        delta_bases=page_array(range(deltas)),
+        differences=differences,
+        literal_pages=page_array(range(100, 100 + literals)),
+        literal_slots=page_array([NOT_CACHED] * literals),
+        literals=content,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "literals", "deltas"),
+    [
+        (Compress("none"), NONE, NONE),
+        (Compress("lz4"), LZ4, LZ4),
+        (Compress("zstd", 9), CodecSetting("zstd", 9), ZSTD_1),
+        (Compress("auto"), ZSTD_3, ZSTD_1),
+    ],
+)
+async def test_literals_and_deltas_have_codecs_of_their_own(
+    mode: Compress, literals: CodecSetting, deltas: CodecSetting
+) -> None:
+    runtime = Recorded()
+    encoder = PageEncoder(mode, runtime)
+    assert (encoder.keep_rule().max_words > 0) == (deltas != NONE)
+    both = pages(literals=8, deltas=0 if deltas == NONE else 4)
+    plan = encoder.plan(both, None)
+    assert plan == Plan(literals, None, None if deltas == NONE else deltas)
+    assert plan.is_instant == (literals == NONE)
+    batch = await encoder.encode(both, plan)
+    assert batch.pages_by_class == {
+        "zero": 0, "same": 0, "ref": 0, "delta": len(both.delta_pages), "literal": 8
+    }  # fmt: skip
+    raw = b"".join(map(bytes, batch.encoded_buffers))
+    assert bytes(decode(batch.codec_id, raw, 8 * PAGE_SIZE)) == both.literals.tobytes()
+    differences = decode(batch.delta_codec_id, batch.delta_encoded, both.differences.nbytes)
+    assert bytes(differences) == both.differences.tobytes()
+    if literals != NONE:
+        costs = [("delta", 4 * PAGE_SIZE), (str(literals), 8 * PAGE_SIZE)]
+        assert runtime.costs == costs
+        assert len(batch.delta_encoded) < 200 < PAGE_SIZE < batch.encoded_len < 5 * PAGE_SIZE
+
+
+async def test_a_batch_of_deltas_alone_does_not_ask_for_a_codec_of_literals() -> None:
+    encoder = PageEncoder(Compress("auto"), Recorded())
+    for _ in range(70):
+        assert encoder.plan(pages(deltas=1), None) == Plan(None, None, ZSTD_1)
+    batch = await encoder.encode(pages(deltas=1), Plan(deltas=ZSTD_1))
+    assert (batch.codec_id, batch.encoded_len) == (CodecId.RAW, 0)
+
+
+def test_nothing_to_encode_is_passed_on_as_it_is() -> None:
+    encoder = PageEncoder(Compress("none"), Recorded())
+    found = pages(literals=3)
+    assert encoder.plan(found, None).is_instant
+    batch = encoder.pass_on(found)
+    assert bytes(batch.encoded_buffers[0]) == found.literals.tobytes()
+    assert np.shares_memory(np.frombuffer(batch.encoded_buffers[0], np.uint8), found.literals)
+
+
+async def test_on_a_link_faster_than_encoders_only_pages_that_come_back_are_kept() -> None:
+    encoder = PageEncoder(Compress("auto"), Recorded())
+    assert encoder.keep_rule().fresh
+    fast = GoodputEstimate(2e9, 2e9, saturated=True)
+    for _ in range(200):
+        found = pages(literals=2)
+        await encoder.encode(found, encoder.plan(found, fast))
+    rule = encoder.keep_rule()
+    assert (rule.fresh, rule.max_words) == (False, FAST_MAX_WORDS)
+
+
+def test_the_better_literals_shrink_the_smaller_a_difference_must_be() -> None:
+    choice = DeltaChoice()
+    limits = []
+    for encoded in (1000, 500, 100, 0):
+        for _ in range(100):
+            choice.observe(1000, encoded)
+        limits.append(choice.max_words(ZSTD_3))
+        assert choice.max_words(NONE) == FAST_MAX_WORDS
+    assert limits == sorted(limits, reverse=True)
+    assert PAGE_WORDS > limits[0] > limits[-1] == 1
+    choice.observe(0, 0)
+    assert choice.max_words(ZSTD_3) == 1
+
+
+def test_there_are_no_deltas_where_the_user_wants_no_codec() -> None:
+    assert {mode: str(delta_codec(mode)) for mode in ("none", "lz4", "zstd", "auto")} == {
+        "none": "none",
+        "lz4": "lz4",
+        "zstd": "zstd:1",
+        "auto": "zstd:1",
+    }
