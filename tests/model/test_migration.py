@@ -57,7 +57,7 @@ ENGINE_RUNS: Final = 50 if IN_CI else 6
 CUT_RUNS: Final = 25 if IN_CI else 5
 """The same over a link that is cut."""
 
-FAULTY_RUNS: Final = 150
+FAULTY_RUNS: Final = 400
 """Within which a planted fault must be found."""
 
 STEPS: Final = 15
