@@ -169,6 +169,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.show:
         print_tables(Results.load(options.json), markdown=options.markdown)
         return 0
+    if options.json is not None and options.json.exists() and not options.resume:
+        raise ParamsError(f"{options.json} exists: give --resume, or another file")
     plan = plan_from(options)
     say = talking_clock()
     binaries = {

@@ -89,7 +89,7 @@ GUESTS: Final = {
         _generated(448, random=100, writes=2_000),
     ),
     "half": GuestKind(
-        "528 MiB of pages that are half random, half text, no writes",
+        "512 MiB of pages that are half random, half text, 16 MiB random, no writes",
         _generated(512, half=100),
     ),
     **{f"grow-{gib}": _growing(gib) for gib in (1, 2, 4, 8)},

@@ -418,6 +418,18 @@ def test_other_files_are_refused(tmp_path: Path, content: str, complaint: str) -
         Results.load(tmp_path / "missing")
 
 
+def test_a_file_with_results_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "raw.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit) as exit_info:
+        lab.main(["compare", "--json", str(path)])
+    assert exit_info.value.code == ParamsError.exit_code
+    assert "raw.json exists: give --resume" in capsys.readouterr().err
+    assert path.read_text() == "{}"
+
+
 def test_tables_can_be_printed_again_from_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
