@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from migrate.ballooning import give_back
 from migrate.destination_guest import DISCARD_S, GuestOpener
 from migrate.destination_report import destination_report
 from migrate.errors import (
@@ -99,6 +100,7 @@ class DestinationRun:
                     await self._take_in_or_discard(guest)
             if self._opening.cancelled_caught:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
+            await self._give_back()
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
             error = most_telling(raised)
             error.guest_on = self._guest_on(error)
@@ -112,6 +114,14 @@ class DestinationRun:
             # How long the guest is watched is no part of the migration.
             report.total_ms = (running_ns - self._session.started_ns) / NS_PER_MS
         return report, error
+
+    async def _give_back(self) -> None:
+        """Have the guest take back what it gave for its migration."""
+        qemu = self._opener.qemu
+        qmp = qemu.qmp_path if qemu is not None else self._params.qmp
+        agreement = self._agreement
+        if qmp is not None and agreement is not None and agreement.restore_balloon_bytes:
+            await give_back(qmp, agreement.restore_balloon_bytes, self._session)
 
     def _source_may_be_gone(self, error: MigrationError) -> bool:
         """A simulated guest ends with its migrate-src, and of that nothing is heard any more.

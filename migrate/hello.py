@@ -47,6 +47,8 @@ class Agreement:
         landed: RAM blocks whose pages are written into the destination guest's RAM in place.
         warnings: What a person should know.
         not_checked: What the comparison could not look at.
+        restore_balloon_bytes: Memory that the guest is to have again where it arrives; ``None``: it
+            gave nothing back for its migration.
     """
 
     migration_id: bytes
@@ -56,6 +58,7 @@ class Agreement:
     landed: frozenset[str]
     warnings: tuple[str, ...]
     not_checked: tuple[str, ...]
+    restore_balloon_bytes: int | None = None
 
 
 async def introduce(
@@ -167,7 +170,15 @@ async def answer_hello(
         landed=frozenset(landed),
         warnings=warnings,
         not_checked=_not_checked(hello.facts_missing, facts.missing),
+        restore_balloon_bytes=_restore_balloon(hello, facts),
     )
+
+
+def _restore_balloon(hello: Hello, destination: Facts) -> int | None:
+    """What the guest is to have again here; the source's facts were checked by the comparison."""
+    if hello.facts is None or destination.machine is None or is_simulated(hello.facts):
+        return None
+    return MachineFacts.from_dict(hello.facts).restore_balloon_bytes
 
 
 def commit_kind(*, relay: bool, commanded: bool, return_path: bool) -> CommitKind:

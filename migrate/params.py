@@ -28,6 +28,9 @@ DEFAULT_RUN_FOR_S: Final = 1.0
 MAX_RUN_FOR_S: Final = 3600
 """A simulated guest ends with its command; an hour is longer than any experiment."""
 
+MIN_BALLOON_BYTES: Final = 16 * MIB
+"""No kernel lives in less."""
+
 MAX_UNIX_PATH_BYTES: Final = 107
 """``sun_path`` holds 108 bytes with the closing zero on Linux."""
 
@@ -241,6 +244,8 @@ class SourceParams:
         streams: Parallel connections; only 1 in this version.
         compress: Codec of page content.
         cache_bytes: RAM for the page cache, on each side; 0 = none.
+        balloon_bytes: What the guest is asked to keep of its memory during the migration; ``None``:
+            nobody asks.
         commit: ``relay`` leaves the handover to whoever owns both monitors.
         hold_before_commit: Wait, both sides paused, for a key or SIGUSR1 before the commit.
         allow_inconsistent_rings: Hand over virtio rings that contradict their devices, with a
@@ -264,6 +269,7 @@ class SourceParams:
     streams: int = 1
     compress: Compress = Compress()
     cache_bytes: int = 64 * MIB
+    balloon_bytes: int | None = None
     commit: CommitMode = "auto"
     hold_before_commit: bool = False
     allow_inconsistent_rings: bool = False
@@ -332,6 +338,13 @@ class SourceParams:
                 f"this version has one connection: --streams 1, got {self.streams}"
             )
         _check_cache(self.cache_bytes, "--cache")
+        if self.balloon_bytes is not None and self.qmp is None:
+            raise ParamsError("--balloon needs --qmp: no other way asks a guest for memory")
+        if self.balloon_bytes is not None and self.balloon_bytes < MIN_BALLOON_BYTES:
+            raise ParamsError(
+                f"--balloon is what the guest keeps, expected at least "
+                f"{size_text(MIN_BALLOON_BYTES)}, got {size_text(self.balloon_bytes)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import trio
 
+from migrate.ballooning import Ballooning, ballooned, hinting
 from migrate.errors import (
     ConnectError,
     DeadlineExceededError,
@@ -93,6 +94,7 @@ class SourceRun:
         self._peer_said_bye = False
         self._run_state: str | None = None
         self._probe = Probe(None, session.warn)
+        self._ballooning: Ballooning | None = None
         self._hold = CommitHold(session) if params.hold_before_commit else CommitHold(None)
 
     def cancel(self, why: str) -> None:
@@ -138,9 +140,12 @@ class SourceRun:
         params = self._params
         if params.qmp is not None:
             told_ms = params.downtime_limit_ms - HANDOVER_RESERVE_MS
-            async with open_qemu_source(
-                params.qmp, run_dir, downtime_limit_ms=told_ms
-            ) as source:
+            async with (
+                ballooned(
+                    params.qmp, params.balloon_bytes, self._session, self._may_run_there
+                ) as self._ballooning,
+                open_qemu_source(params.qmp, run_dir, downtime_limit_ms=told_ms) as source,
+            ):
                 yield source
         elif params.simulate is not None:
             told_ms = params.downtime_limit_ms - SIMULATED_RESERVE_MS
@@ -188,7 +193,7 @@ class SourceRun:
     async def _call_off(self, guest: SourceGuest, error: MigrationError) -> None:
         """Leave the guest to the source, unless COMMIT was sent: then never."""
         handover = self._handover
-        if handover is not None and (handover.commit_sent or handover.shut_relayed):
+        if handover is not None and self._may_run_there():
             error.guest_on = GuestOn.HANDED_OVER if handover.shut_relayed else GuestOn.UNKNOWN
             return
         with trio.CancelScope(shield=True), trio.move_on_after(CALL_OFF_S):
@@ -202,6 +207,10 @@ class SourceRun:
                 handover.state_file.remove()
             return
         error.guest_on = GuestOn.UNKNOWN
+
+    def _may_run_there(self) -> bool:
+        handover = self._handover
+        return handover is not None and (handover.commit_sent or handover.shut_relayed)
 
     async def _go_on(self, guest: SourceGuest) -> Whereabouts:
         try:
@@ -229,7 +238,10 @@ class SourceRun:
         session, params = self._session, self._params
         self._runtime.check_state_dir(params.state_dir)
         facts = await guest.facts()
+        if self._ballooning is not None:
+            facts = self._ballooning.with_wish(facts)
         session.builder.report.qemu_version = facts.qemu_version
+        session.builder.report.free_page_hinting = hinting(facts)
         pending: list[GuestEvent] = []
         if isinstance(guest, GatewaySource):
             session.enter("waiting for the source QEMU")
@@ -244,6 +256,8 @@ class SourceRun:
         agreement = self._agreement = await introduce(
             link, guest, facts, self._runtime, cache_bytes=params.cache_bytes, relay=relay
         )
+        if self._ballooning is not None:
+            self._ballooning.agreed(agreement.kind)
         for warning in (*agreement.warnings, *agreement.not_checked):
             session.warn(warning)
         session.builder.report.not_checked += agreement.not_checked

@@ -44,6 +44,9 @@ def source_report(
     if error is not None:
         return builder.failed(now_ns, error, None)
     assert handover is not None
+    if outbound is not None and (classifier := outbound.state.classifier) is not None:
+        table = classifier.table
+        builder.report.never_sent_pages = table.page_count - table.touched_pages()
     if handover.running is None:
         return builder.completed(now_ns, GuestOn.HANDED_OVER, None)
     return builder.completed(now_ns, GuestOn.DESTINATION, handover.running.run_state)

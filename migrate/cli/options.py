@@ -115,6 +115,11 @@ def _add_source_limits(parser: argparse.ArgumentParser) -> None:
         help="RAM for the page cache on each side, 0 for none",
     )  # fmt: skip
     group.add_argument(
+        "--balloon", metavar="SIZE", type=_checked(parse_size),
+        help="have the guest's balloon driver give all memory back but SIZE for the migration "
+        "(--qmp only)",
+    )  # fmt: skip
+    group.add_argument(
         "--connect-timeout", metavar="TIME", type=_checked(_parse_s), default="30s",
         help="how long to try to reach migrate-dst",
     )  # fmt: skip
@@ -231,6 +236,7 @@ def parse_source(argv: Sequence[str]) -> SourceParams:
             streams=options.streams,
             compress=options.compress,
             cache_bytes=options.cache,
+            balloon_bytes=options.balloon,
             commit=options.commit,
             hold_before_commit=options.hold_before_commit,
             allow_inconsistent_rings=options.allow_inconsistent_rings,

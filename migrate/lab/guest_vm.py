@@ -128,6 +128,7 @@ class GuestConfig:
         cpu: QEMU CPU model; ``None``: QEMU's default.
         uuid: Machine UUID.
         mac: Address of the network card.
+        kernel_args: More words for the guest's kernel command line.
         extra: More QEMU arguments.
     """
 
@@ -142,6 +143,7 @@ class GuestConfig:
     cpu: str | None = None
     uuid: str | None = None
     mac: str = "52:54:00:77:00:02"
+    kernel_args: str = ""
     extra: tuple[str, ...] = ()
 
 
@@ -215,7 +217,8 @@ def qemu_args(
     Every device has an explicit address, so that both ends get the same machine whatever
     version of QEMU puts it together.
     """
-    append = f"{KERNEL_ARGS} {config.workload.kernel_args(disk=config.disk is not None)}"
+    workload = config.workload.kernel_args(disk=config.disk is not None)
+    append = f"{KERNEL_ARGS} {config.kernel_args} {workload}"
     args = ["-accel", accel, "-machine", _machine(config), "-smp", str(config.smp)]
     args += ["-m", f"{config.ram_kib}K", "-nodefaults", "-display", "none", "-no-reboot"]
     if config.prealloc:

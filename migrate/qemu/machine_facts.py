@@ -19,6 +19,9 @@ MAX_TEXT_CHARS: Final = 512
 
 MAX_INTEGER: Final = 2**64 - 1
 
+RESTORE_BALLOON: Final = "restore_balloon_bytes"
+"""Key of what a guest that was ballooned for its migration had before."""
+
 _T = TypeVar("_T")
 
 
@@ -37,6 +40,19 @@ class CpuFacts:
     signature: str
     words: Mapping[str, int]
     filtered: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonFacts:
+    """The balloon device.
+
+    Attributes:
+        hint_offered: It has ``free-page-hint=on``.
+        hinting: The guest's driver uses it.
+    """
+
+    hint_offered: bool
+    hinting: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +92,9 @@ class MachineFacts:
         uuid: The VM's UUID, ``None`` if it was given none.
         run_state: QEMU's word.
         accelerator: ``kvm`` or ``tcg``.
+        balloon: The balloon; ``None`` if there is none, or it cannot be asked about.
+        restore_balloon_bytes: Memory that the guest is to have again after its migration, for
+            which it gave some of it back; ``None``: it gave nothing.
     """
 
     qemu_version: tuple[int, int, int]
@@ -89,6 +108,8 @@ class MachineFacts:
     uuid: str | None
     run_state: str
     accelerator: str
+    balloon: BalloonFacts | None = None
+    restore_balloon_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as JSON/msgpack types."""
@@ -111,6 +132,8 @@ class MachineFacts:
             "uuid": self.uuid,
             "run_state": self.run_state,
             "accelerator": self.accelerator,
+            "balloon": self.balloon and [self.balloon.hint_offered, self.balloon.hinting],
+            RESTORE_BALLOON: self.restore_balloon_bytes,
         }
 
     @classmethod
@@ -126,6 +149,7 @@ class MachineFacts:
         if len(version) != 3:
             raise MessageError("qemu_version", "3 numbers", str(len(version)))
         uuid = fields.get("uuid")
+        ram_bytes = _integer(fields.get("ram_bytes"), "ram_bytes")
         return cls(
             qemu_version=(version[0], version[1], version[2]),
             machine_type=_text(fields.get("machine_type"), "machine_type"),
@@ -137,12 +161,14 @@ class MachineFacts:
                 words=_words(cpu.get("words"), "cpu.words"),
                 filtered=_words(cpu.get("filtered"), "cpu.filtered"),
             ),
-            ram_bytes=_integer(fields.get("ram_bytes"), "ram_bytes"),
+            ram_bytes=ram_bytes,
             ram_blocks=_items(fields.get("ram_blocks"), "ram_blocks", _ram_block),
             devices=_items(fields.get("devices"), "devices", _device),
             uuid=None if uuid is None else _text(uuid, "uuid"),
             run_state=_text(fields.get("run_state"), "run_state"),
             accelerator=_text(fields.get("accelerator"), "accelerator"),
+            balloon=_balloon(fields.get("balloon")),
+            restore_balloon_bytes=_restore_balloon(fields.get(RESTORE_BALLOON), ram_bytes),
         )
 
 
@@ -156,6 +182,23 @@ def _ram_block(value: object, where: str) -> RamBlockInfo:
 def _device(value: object, where: str) -> Device:
     parts = _row(value, where)
     return Device(_text(parts[0], where), _text(parts[1], where), _text(parts[2], where))
+
+
+def _balloon(value: object) -> BalloonFacts | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or [type(item) for item in value] != [bool, bool]:
+        raise MessageError("balloon", "2 truth values", repr(value)[:40])
+    return BalloonFacts(*value)
+
+
+def _restore_balloon(value: object, ram_bytes: int) -> int | None:
+    if value is None:
+        return None
+    n_bytes = _integer(value, RESTORE_BALLOON)
+    if not 0 < n_bytes <= ram_bytes:
+        raise MessageError(RESTORE_BALLOON, f"1 to {ram_bytes}", str(n_bytes))
+    return n_bytes
 
 
 def _row(value: object, where: str) -> list[object]:

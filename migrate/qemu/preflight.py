@@ -15,7 +15,8 @@ from typing import Final
 
 from migrate.errors import GuestError, QmpCommandError
 from migrate.qemu import queries
-from migrate.qemu.machine_facts import CpuFacts, Device, MachineFacts
+from migrate.qemu.balloon import find_balloon
+from migrate.qemu.machine_facts import BalloonFacts, CpuFacts, Device, MachineFacts
 from migrate.qemu.qmp_client import QmpClient
 from migrate.qemu.queries import RamBlockInfo
 from proto.qemu.qmp import JsonValue
@@ -105,7 +106,13 @@ async def collect_facts(client: QmpClient) -> MachineFacts:
         uuid=await queries.query_uuid(client),
         run_state=(await queries.query_run_state(client)).status,
         accelerator=await queries.query_accelerator(client),
+        balloon=await _collect_balloon(client),
     )
+
+
+async def _collect_balloon(client: QmpClient) -> BalloonFacts | None:
+    device = await find_balloon(client)
+    return None if device is None else BalloonFacts(device.hint_offered, device.hinting)
 
 
 async def _collect_cpu(client: QmpClient, path: str) -> CpuFacts:
@@ -197,6 +204,7 @@ def compare(source: MachineFacts, destination: MachineFacts) -> list[Difference]
         *_compare_cpus(source.cpu, destination.cpu),
         *_compare_ram_blocks(source.ram_blocks, destination.ram_blocks),
         *_compare_devices(source.devices, destination.devices),
+        *_compare_balloons(source.balloon, destination.balloon),
     ]
     return sorted(found, key=lambda difference: difference.severity is not Severity.ERROR)
 
@@ -312,6 +320,20 @@ def _fits(source: RamBlockInfo, destination: RamBlockInfo) -> bool:
         return True
     resizable = destination.idstr.startswith(_RESIZABLE_PREFIX)
     return resizable and source.used_bytes <= destination.total_bytes
+
+
+def _compare_balloons(
+    source: BalloonFacts | None, destination: BalloonFacts | None
+) -> Iterator[Difference]:
+    """QEMU compares features too, but only when it loads the device at the very end."""
+    if source is None or destination is None:
+        return
+    if source.hinting and not destination.hint_offered:
+        text = (
+            "the guest uses free-page hinting, and the destination's balloon device lacks it: "
+            "give it free-page-hint=on and an iothread as at the source"
+        )
+        yield Difference(Severity.ERROR, text)
 
 
 def _compare_devices(

@@ -18,6 +18,7 @@ from migrate.report.summary import (
     service_row,
     share_text,
     summary_lines,
+    unused_memory,
 )
 from migrate.report.svg import Segment, column_chart, segment_bar
 from migrate.units import format_count, format_ms, format_rate, format_size
@@ -216,7 +217,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _notes(report: Report) -> str:
-    notes = list(report.warnings)
+    notes = [f"{label}: {text}" for label, text in unused_memory(report)]
+    notes += report.warnings
     notes += [f"not checked: {text}" for text in report.not_checked]
     if report.opaque_rest is not None:
         notes.append(f"part of the stream was passed on as it was: {report.opaque_rest}")

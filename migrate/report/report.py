@@ -199,6 +199,28 @@ class SimulatedDeviceReport:
 
 
 @dataclass(slots=True, kw_only=True)
+class BalloonReport:
+    """Memory that the guest gave back for its migration; ``None`` = this side does not know.
+
+    Attributes:
+        asked_bytes: What it was asked to keep.
+        before_bytes: What it had before.
+        kept_bytes: What it kept.
+        pages: Pages that it gave: they read as zero and travel as such.
+        shrink_ms: How long that took.
+        restored_on: Where it was asked to take its memory back, ``source`` or ``destination``; the
+            source says ``destination`` where that is migrate-dst's to do. ``None`` = nowhere.
+    """
+
+    asked_bytes: int | None = None
+    before_bytes: int | None = None
+    kept_bytes: int | None = None
+    pages: int = 0
+    shrink_ms: float | None = None
+    restored_on: Role | None = None
+
+
+@dataclass(slots=True, kw_only=True)
 class Report:
     """One migration as one of the commands saw it; ``docs/report.md`` explains every field."""
 
@@ -237,6 +259,9 @@ class Report:
     predicted: Prediction | None = None
     devices: list[DeviceReport] = field(default_factory=list)
     simulated_devices: list[SimulatedDeviceReport] | None = None
+    balloon: BalloonReport | None = None
+    free_page_hinting: bool | None = None
+    never_sent_pages: int | None = None
 
 
 class ReportBuilder:

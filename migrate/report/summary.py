@@ -168,6 +168,7 @@ def _headline(report: Report) -> list[str]:
         _labelled("on the wire", f"{wire} ({share_text(report.wire_bytes, report.page_bytes)})")
     )
     lines.append(_labelled("guest RAM", format_size(report.ram_bytes)))
+    lines += [_labelled(label, text) for label, text in unused_memory(report)]
     if report.commit is not None:
         lines.append(_labelled("commit", report.commit))
     if report.qemu_version is not None:
@@ -179,6 +180,22 @@ def _headline(report: Report) -> list[str]:
         times = format_ms(predicted.total_ms), format_ms(predicted.downtime_ms)
         lines.append(_labelled("predicted", f"total {times[0]}, downtime {times[1]}"))
     return lines
+
+
+def unused_memory(report: Report) -> list[tuple[str, str]]:
+    """Tell of memory whose content did not travel because the guest does not use it."""
+    found = []
+    balloon = report.balloon
+    if balloon is not None and balloon.kept_bytes is not None:
+        sizes = [format_size(n or 0) for n in (balloon.before_bytes, balloon.kept_bytes)]
+        pages = format_count(balloon.pages)
+        found.append(("balloon", f"{sizes[0]}, then {sizes[1]}: {pages} pages travel as zero"))
+    if report.free_page_hinting and report.never_sent_pages is not None:
+        pages = format_count(report.never_sent_pages)
+        found.append(("free pages", f"{pages} never travelled: the guest hints at them"))
+    elif report.free_page_hinting is False:
+        found.append(("free pages", "the guest does not hint at them (docs/balloon.md)"))
+    return found
 
 
 def _downtime_text(report: Report) -> str:

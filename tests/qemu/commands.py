@@ -287,10 +287,10 @@ class Bench:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, folder: Path) -> AsyncIterator[Self]:
+    async def open(cls, folder: Path, *, limit_s: float = TEST_S) -> AsyncIterator[Self]:
         """Start a test; whatever it started is killed at the end."""
         failure: Exception | None = None
-        with trio.move_on_after(TEST_S) as scope:
+        with trio.move_on_after(limit_s) as scope:
             async with trio.open_nursery() as nursery:
                 bench = cls(folder, nursery)
                 try:

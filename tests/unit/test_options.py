@@ -66,7 +66,11 @@ def test_every_source_option_arrives() -> None:
     assert params.output.trace_path == Path("t.jsonl")
     assert params.output.json
     assert params.output.quiet
-    driven = parse_source([*SOURCE, "--hold-before-commit", "--after", "quit"])
+    driven = parse_source(
+        [*SOURCE, "--hold-before-commit", "--after", "quit", "--balloon", "1GiB"]
+    )
+    assert driven.balloon_bytes == 1 << 30
+    assert params.balloon_bytes is None
     assert driven.hold_before_commit
     assert driven.after == "quit"
 

@@ -133,6 +133,7 @@ def test_a_source_has_exactly_one_way_to_its_qemu(changes: dict[str, Any]) -> No
         ({"max_bandwidth_bps": 12_499}, "at least 100kbit"),
         ({"cache_bytes": 4096}, "--cache 0 or from 64KiB to 64GiB, got 4KiB"),
         ({"cache_bytes": 65 << 30}, "got 65GiB"),
+        ({"balloon_bytes": 4 << 20}, "what the guest keeps, expected at least 16MiB, got 4MiB"),
         ({"connect_timeout_s": 0.0}, "--connect-timeout above zero"),
         ({"connect_timeout_s": float("nan")}, "--connect-timeout above zero"),
         ({"commit": "relay"}, "--commit relay needs --gateway"),
@@ -152,6 +153,7 @@ def test_source_values_that_cannot_work_are_refused(changes: dict[str, Any], tex
     [
         ({"commit": "relay", "hold_before_commit": True}, "--hold-before-commit"),
         ({"after": "quit"}, "--after quit needs --qmp"),
+        ({"balloon_bytes": 1 << 30}, "--balloon needs --qmp"),
         ({"gateway_mode": 0o1777}, "mode from 000 to 777, got 1777"),
         ({"gateway_owner": (-1, 0)}, "a uid and a gid"),
     ],

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.qemu.machine_facts import MAX_ITEMS, CpuFacts, Device, MachineFacts
+from migrate.qemu.machine_facts import (
+    MAX_ITEMS,
+    BalloonFacts,
+    CpuFacts,
+    Device,
+    MachineFacts,
+)
 from migrate.qemu.preflight import Severity, compare
 from migrate.qemu.queries import RamBlockInfo
 from proto.errors import MessageError
@@ -34,7 +40,12 @@ SOURCE = MachineFacts(
     uuid="12345678-1234-1234-1234-123456789abc",
     run_state="running",
     accelerator="tcg",
+    balloon=BalloonFacts(hint_offered=True, hinting=False),
+    restore_balloon_bytes=256 * MIB,
 )
+OPTIONAL = {"uuid", "balloon", "restore_balloon_bytes"}
+"""Facts that a machine may lack."""
+
 DESTINATION = replace(SOURCE, qemu_version=(10, 0, 2), run_state="inmigrate")
 
 
@@ -205,6 +216,20 @@ def test_features_the_source_asked_for_in_vain_may_appear() -> None:
     assert found(SOURCE, with_cpu(DESTINATION, words={"1.ECX": 0b1001, "7.0.EBX": 1})) == []
 
 
+@pytest.mark.parametrize("hinting", [True, False])
+@pytest.mark.parametrize(
+    "balloon", [BalloonFacts(False, False), BalloonFacts(True, False), None]
+)
+def test_hints_in_use_need_a_destination_that_offers_them(
+    hinting: bool, balloon: BalloonFacts | None
+) -> None:
+    source = replace(SOURCE, balloon=BalloonFacts(hint_offered=True, hinting=hinting))
+    differences = found(source, replace(DESTINATION, balloon=balloon))
+    lacks = hinting and balloon is not None and not balloon.hint_offered
+    assert [severity for severity, _ in differences] == ["error"] * lacks
+    assert all("give it free-page-hint=on" in text for _, text in differences)
+
+
 def test_save_areas_without_their_feature_are_not_compared() -> None:
     source = with_cpu(SOURCE, words={"1.ECX": 0b1001, "d.0.EAX": 0x2E7})
     destination = with_cpu(DESTINATION, words={"1.ECX": 0b1001, "d.0.EAX": 0x207})
@@ -259,7 +284,7 @@ def test_a_fact_of_another_type_or_out_of_range_is_refused(key: str, value: obje
         MachineFacts.from_dict({**SOURCE.to_dict(), key: value})
 
 
-@pytest.mark.parametrize("key", [key for key in SOURCE.to_dict() if key != "uuid"])
+@pytest.mark.parametrize("key", [key for key in SOURCE.to_dict() if key not in OPTIONAL])
 def test_a_missing_fact_is_refused(key: str) -> None:
     facts = SOURCE.to_dict()
     del facts[key]
@@ -275,6 +300,9 @@ def test_a_missing_fact_is_refused(key: str) -> None:
         ("devices", [["a", "b", 3]], r"devices\[0\]"),
         ("devices", [["a", "b", "c"]] * (MAX_ITEMS + 1), "devices"),
         ("qemu_version", [7, 2], "qemu_version"),
+        ("balloon", [True, 1], "balloon"),
+        ("restore_balloon_bytes", 0, "restore_balloon_bytes"),
+        ("restore_balloon_bytes", (512 << 20) + 1, "expected 1 to 536870912"),
     ],
 )
 def test_a_refusal_says_where(key: str, value: object, where: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from migrate.errors import GuestOn, IntegrityError, MigrationCancelledError, MigrationError
 from migrate.report.ledger import Ledger, PageCounts
 from migrate.report.report import (
+    BalloonReport,
     DeviceReport,
     DowntimeParts,
     Prediction,
@@ -50,6 +51,7 @@ def full_report() -> Report:
     report = sample_report()
     report.service = Service("requests/s", {"latency_p50_ms": 1.0}, downtime_gap_ms=120.0)
     report.predicted = Prediction(14_000.0, 200.0)
+    report.balloon = BalloonReport(before_bytes=1 << 30, restored_on="source")
     queue = VirtqueueReport(0, 256, 0x1000, 0x2000, 0x3000, 7, 5, 2, consistent=True)
     report.devices = [DeviceReport("virtio-net", 0, [queue])]
     return report
@@ -59,7 +61,7 @@ def test_the_shape_is_the_one_tools_rely_on() -> None:
     report = as_json(full_report())
     added = {"role", "source", "destination", "started_utc", "guest_state", "not_checked"}
     added |= {"landed", "opaque_rest", "wire_bytes_back", "simulated_devices", "guest_stopped"}
-    added |= {"guest_stolen_ms"}
+    added |= {"guest_stolen_ms", "balloon", "free_page_hinting", "never_sent_pages"}
     assert set(report) == CONTRACT | added
     assert report["schema"] == 1
     assert list(report["pages"]) == PAGE_KEYS
@@ -75,6 +77,9 @@ def test_the_shape_is_the_one_tools_rely_on() -> None:
     }  # fmt: skip
     assert set(report["service"]) == {
         "unit", "before", "rounds", "downtime", "downtime_gap_ms", "after"
+    }  # fmt: skip
+    assert set(report["balloon"]) == {
+        "asked_bytes", "before_bytes", "kept_bytes", "pages", "shrink_ms", "restored_on"
     }  # fmt: skip
     assert {"total_ms", "downtime_ms"} <= set(report["predicted"])
     assert set(report["devices"][0]) == {"name", "instance", "virtqueues"}

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from migrate.errors import GuestOn, MigrationError
-from migrate.report.report import Integrity, Prediction, ReportBuilder, Role
+from migrate.report.report import BalloonReport, Integrity, Prediction, ReportBuilder, Role
 from migrate.report.summary import guest_line, share_text, shortened, summary_lines
 from tests.unit.report_sample import sample_report
 
@@ -108,6 +108,10 @@ def test_everything_unusual_is_told() -> None:
     report.reconnects = 2
     report.predicted = Prediction(14_000, 200)
     report.rounds[1].throttle_percent = 40
+    report.balloon = BalloonReport(
+        asked_bytes=1 << 28, before_bytes=1 << 30, kept_bytes=1 << 28, pages=196_608
+    )
+    report.free_page_hinting, report.never_sent_pages = True, 5_000
     text = "\n".join(summary_lines(report))
     for expected in (
         "integrity    NOT EQUAL over 7 pages",
@@ -116,6 +120,8 @@ def test_everything_unusual_is_told() -> None:
         "warning      first\n  warning      second",
         "reconnects   2",
         "predicted    total 14.0 s, downtime 200 ms",
+        "balloon      1.00 GiB, then 256 MiB: 196 608 pages travel as zero",
+        "free pages   5 000 never travelled: the guest hints at them",
         "40 %",
     ):
         assert expected in text
