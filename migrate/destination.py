@@ -34,11 +34,13 @@ from migrate.ring_guard import settle_verdict
 from migrate.rings import RingVerdict
 from migrate.session import PROGRESS_S, Session, most_telling, told_or_bug
 from migrate.state_file import ABORTED, StateFile
+from migrate.transport.guard import Guard
 from migrate.transport.link import Link
 from migrate.units import NS_PER_MS
 from proto.link import messages
 from proto.link.dispatch import FRAMES
 from proto.link.messages import CommitKind, Hello, Message
+from proto.link.state import Role
 from proto.packing import clip_text
 
 FAREWELL_S = 3.0
@@ -61,12 +63,13 @@ class DestinationRun:
         self._handover: DestinationHandover | None = None
         self._state_file: StateFile | None = None
         self._opener = GuestOpener(params, session, self._has_committed)
+        self._guard = Guard(Role.DESTINATION, params.security, self._runtime.random_bytes)
         self._source_left = trio.Event()
         self._source_said_bye = False
         self._source_gave_up = False
         self._source_done = False
         self._discarded = False
-        self._reception = Reception(params, session)
+        self._reception = Reception(params, session, self._guard)
 
     @property
     def waits_for_source(self) -> bool:
@@ -92,6 +95,7 @@ class DestinationRun:
         error: MigrationError | None = None
         try:
             self._runtime.check_state_dir(self._params.state_dir)
+            self._guard.load()
             run_parent = self._params.run_dir
             with self._opening, self._runtime.private_dir(run_parent) as run_dir:
                 async with self._open_guest(run_dir) as guest:

@@ -76,6 +76,20 @@ class MachineMismatchError(MigrationError):
     code = "machine-mismatch"
 
 
+class TlsError(MigrationError):
+    """The link is not as safe as asked for: a certificate, a key, or a side without TLS."""
+
+    exit_code = 15
+    code = "tls"
+
+
+class TokenError(MigrationError):
+    """The shared token that admits a source is missing, unsafe, or not the other side's."""
+
+    exit_code = 16
+    code = "token"
+
+
 class GuestError(MigrationError):
     """A QEMU on this host did not do what was asked of it."""
 

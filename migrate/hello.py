@@ -11,6 +11,8 @@ from migrate.errors import (
     PeerLostError,
     PeerProtocolError,
     PeerRefusedError,
+    TlsError,
+    TokenError,
 )
 from migrate.guests.base import DestinationGuest, Facts, SourceGuest
 from migrate.guests.simulated_destination import SimulatedDestination
@@ -32,7 +34,7 @@ ANSWER_S = 60.0
 
 FAREWELL_S = 3.0
 
-REFUSALS = {MachineMismatchError.code: MachineMismatchError}
+REFUSALS = {error.code: error for error in (MachineMismatchError, TlsError, TokenError)}
 
 
 @dataclass(frozen=True, slots=True)

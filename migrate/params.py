@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from migrate.errors import ParamsError
+from migrate.link_security import UNPROTECTED, LinkSecurity
 from migrate.simulation.profile import Profile
 from migrate.units import GIB, KIB, MIB, size_text
 from proto.guest_events import PAGE_SIZE
@@ -255,6 +256,7 @@ class SourceParams:
         connect_timeout_s: Seconds until giving up on reaching ``to``.
         probe: Service of the guest whose answers are watched; ``None`` = none.
         probe_before_s: Seconds to watch it before its migration.
+        security: How the link is protected.
         output: Reports and progress.
     """
 
@@ -278,6 +280,7 @@ class SourceParams:
     connect_timeout_s: float = 30.0
     probe: ProbeTarget | None = None
     probe_before_s: float = 1.0
+    security: LinkSecurity = UNPROTECTED
     output: OutputParams = OutputParams()
 
     def __post_init__(self) -> None:
@@ -364,6 +367,7 @@ class DestinationParams:
         state_dir: Where the handover is recorded; survives a crash of the host.
         run_dir: Where the sockets and logs of a QEMU that we start live; made with mode 0700.
         hello_timeout_s: Seconds a connection may take to introduce itself.
+        security: How the link is protected.
         output: Reports and progress.
     """
 
@@ -379,6 +383,7 @@ class DestinationParams:
     state_dir: Path
     run_dir: Path
     hello_timeout_s: float = 10.0
+    security: LinkSecurity = UNPROTECTED
     output: OutputParams = OutputParams()
 
     def __post_init__(self) -> None:

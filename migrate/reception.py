@@ -1,15 +1,20 @@
-"""migrate-dst's door: it waits for a source and turns strangers away.
+"""Where connections come in at migrate-dst, and who of them is the source.
 
-Whoever connects gets some time to introduce himself; the first that does it properly is the
-source, and nobody who does not changes anything.
+The first that passes the guard and says HELLO is the source. Strangers cost a bounded amount of
+memory, time and lines on the screen, and cannot keep the source out by coming first.
 """
+
+import errno
+from collections import Counter
+from typing import Final
 
 import trio
 
-from migrate.errors import PeerLostError, PeerProtocolError
+from migrate.errors import MigrationError, PeerLostError, PeerProtocolError
 from migrate.params import DestinationParams, LinkAddress
 from migrate.session import Session
-from migrate.transport.channels import LinkSocket
+from migrate.transport.channels import LinkListener, LinkSocket
+from migrate.transport.guard import Guard
 from migrate.transport.link import Link
 from proto.link import messages
 from proto.link.messages import Hello
@@ -17,72 +22,135 @@ from proto.link.session import LinkSession
 from proto.link.state import Role
 from proto.packing import clip_text
 
-MAX_STRANGERS = 16
+MAX_STRANGERS: Final = 16
 """Connections that may be introducing themselves at a time."""
 
-FAREWELL_S = 3.0
+FAREWELL_S: Final = 3.0
+
+MOST_LINES: Final = 16
+"""Strangers that are each told of; later ones whenever their number has doubled."""
+
+NO_ROOM_S: Final = 0.1
+"""Until the next connection is tried to be accepted, when the host had no room for one."""
+
+_NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}
+"""Reasons not to accept a connection that pass; no migration under way may end for them."""
 
 
 class Reception:
-    """Accepts connections; the first that says HELLO is the source, later ones hear "busy".
+    """Accepts connections for one run of migrate-dst.
 
     Attributes:
         waiting: Nobody has introduced himself yet: whoever does next is the source.
     """
 
-    def __init__(self, params: DestinationParams, session: Session) -> None:
+    def __init__(self, params: DestinationParams, session: Session, guard: Guard) -> None:
         self._params = params
         self._session = session
+        self._guard = guard
+        self._strangers: dict[trio.CancelScope, str] = {}
+        self._turned_away = 0
         self.waiting = True
 
     async def run(self, source: trio.MemorySendChannel[tuple[Link, Hello]]) -> None:
-        """Listen until cancelled.
-
-        Args:
-            source: Where the source and its HELLO go; has room for them.
+        """Accept connections until cancelled; the source's goes to ``source``, once.
 
         Raises:
             ConnectError: The address cannot be listened on.
         """
-        listener = await self._session.runtime.listen(self._params.listen, "migrate-src")
+        session = self._session
+        listener = await session.runtime.listen(self._params.listen, "migrate-src")
         try:
-            self._session.enter("waiting for migrate-src")
+            session.enter("waiting for migrate-src")
             host, port = listener.getsockname()[:2]
-            self._session.say(f"listening on {LinkAddress(host, port)} for migrate-src")
-            limiter = trio.CapacityLimiter(MAX_STRANGERS)
+            session.say(f"listening on {LinkAddress(host, port)} for migrate-src")
+            if warning := self._guard.exposure(host):
+                session.warn(warning)
             async with trio.open_nursery() as nursery:
                 while True:
-                    sock, peer = await listener.accept()
-                    await limiter.acquire_on_behalf_of(sock)
-                    nursery.start_soon(self._meet, sock, str(peer[0]), limiter, source)
+                    sock, host = await _accept(listener)
+                    scope = trio.CancelScope()
+                    self._make_room()
+                    self._strangers[scope] = host
+                    nursery.start_soon(self._meet, sock, host, scope, source)
         finally:
             listener.close()
+
+    def _make_room(self) -> None:
+        """Send a stranger away if there are too many: the oldest of the host that has most."""
+        if len(self._strangers) < MAX_STRANGERS:
+            return
+        ((busiest, _),) = Counter(self._strangers.values()).most_common(1)
+        oldest = next(scope for scope, host in self._strangers.items() if host == busiest)
+        del self._strangers[oldest]
+        oldest.cancel()
 
     async def _meet(
         self,
         sock: LinkSocket,
         host: str,
-        limiter: trio.CapacityLimiter,
+        scope: trio.CancelScope,
         source: trio.MemorySendChannel[tuple[Link, Hello]],
     ) -> None:
-        link = Link(sock, LinkSession(Role.DESTINATION), f"migrate-src at {host}")
-        adopted = False
+        """Let a connection introduce itself; nothing that it does or meets may end the run."""
+        used: LinkSocket | Link = sock
         try:
-            with trio.move_on_after(self._params.hello_timeout_s):
-                hello = await link.receive()
-                if not isinstance(hello, Hello):
+            with scope, trio.move_on_after(self._params.hello_timeout_s) as patience:
+                admitted = await self._guard.admit(sock, f"migrate-src at {host}")
+                link = used = Link(
+                    admitted, LinkSession(Role.DESTINATION), f"migrate-src at {host}"
+                )
+                if await self._introduced(link, host, source):
                     return
-                if not self.waiting:
-                    busy = "this migrate-dst takes in another guest already"
-                    await link.try_send(messages.Refused("busy", busy))
-                    return
-                self.waiting, adopted = False, True
-                source.send_nowait((link, hello))
-        except (PeerLostError, PeerProtocolError) as error:
-            self._session.say(f"turned away a connection from {host}: {error}")
-            with trio.move_on_after(FAREWELL_S):
-                await link.farewell(messages.Refused("protocol", clip_text(str(error))))
+            if scope.cancelled_caught:
+                self._say_turned_away(host, "too many others came after it")
+            elif patience.cancelled_caught:
+                self._say_turned_away(host, "it did not introduce itself in time")
+        except MigrationError as error:
+            self._say_turned_away(host, str(error))
         finally:
-            limiter.release_on_behalf_of(sock)
-            if not adopted:
-                link.close()
+            self._strangers.pop(scope, None)
+        used.close()
+
+    async def _introduced(
+        self, link: Link, host: str, source: trio.MemorySendChannel[tuple[Link, Hello]]
+    ) -> bool:
+        """Whether this was the source; its link is the migration's from then on."""
+        try:
+            hello = await link.receive()
+        except (PeerLostError, PeerProtocolError) as error:
+            self._say_turned_away(host, str(error))
+            refused = messages.Refused("protocol", clip_text(str(error)))
+        else:
+            if not isinstance(hello, Hello):
+                return False
+            if self.waiting:
+                self.waiting = False
+                source.send_nowait((link, hello))
+                return True
+            refused = messages.Refused(
+                "busy", "this migrate-dst takes in another guest already"
+            )
+        with trio.move_on_after(FAREWELL_S):
+            await link.farewell(refused)
+        return False
+
+    def _say_turned_away(self, host: str, why: str) -> None:
+        """Tell of a stranger; a flood of them must not fill a screen or a log."""
+        self._turned_away += 1
+        count = self._turned_away
+        if count <= MOST_LINES or count & (count - 1) == 0:
+            so_far = f" ({count} so far)" if count > MOST_LINES else ""
+            self._session.say(f"turned away a connection from {host}: {why}{so_far}")
+
+
+async def _accept(listener: LinkListener) -> tuple[LinkSocket, str]:
+    """Wait for a connection, and for room for it; returns it and the host that it comes from."""
+    while True:
+        try:
+            sock, peer = await listener.accept()
+            return sock, str(peer[0])
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+        await trio.sleep(NO_ROOM_S)

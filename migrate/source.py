@@ -52,6 +52,7 @@ from migrate.session import (
     wait_stalled,
 )
 from migrate.source_report import source_report
+from migrate.transport.guard import Guard
 from migrate.transport.link import Link
 from proto.errors import QemuStreamError
 from proto.guest_events import GuestEvent
@@ -81,6 +82,7 @@ class SourceRun:
         self._params = params
         self._session = session
         self._runtime = session.runtime
+        self._guard = Guard(Role.SOURCE, params.security, self._runtime.random_bytes)
         self._handover: SourceHandover | None = None
         self._outbound: Outbound | None = None
         self._sender: Sender | None = None
@@ -237,6 +239,7 @@ class SourceRun:
     async def _migrate(self, guest: SourceGuest) -> None:
         session, params = self._session, self._params
         self._runtime.check_state_dir(params.state_dir)
+        self._guard.load()
         facts = await guest.facts()
         if self._ballooning is not None:
             facts = self._ballooning.with_wish(facts)
@@ -381,8 +384,10 @@ class SourceRun:
         params = self._params
         deadline = trio.current_time() + params.connect_timeout_s
         with trio.move_on_after(params.connect_timeout_s):
+            peer = f"migrate-dst at {params.to}"
             sock = await self._runtime.connect(params.to, "migrate-dst")
-            return Link(sock, LinkSession(Role.SOURCE), f"migrate-dst at {params.to}")
+            sock = await self._guard.enter(sock, params.to, peer)
+            return Link(sock, LinkSession(Role.SOURCE), peer)
         waited = trio.current_time() - deadline + params.connect_timeout_s
         raise ConnectError(f"migrate-dst at {params.to} did not answer within {waited:.0f} s")
 

@@ -31,6 +31,10 @@ class RemoteProtocolError(ProtocolError):
         self.got = got
 
 
+class AdmissionError(RemoteProtocolError):
+    """What came before the first frame is no admission."""
+
+
 class FrameError(RemoteProtocolError):
     """A link frame is malformed: magic, type, length or sequence number."""
 

@@ -77,6 +77,12 @@ MAX_RETURN_PATH_BYTES: Final = 64 * 1024
 MAX_TOKEN_BYTES: Final = 64
 """The secret that admits a source: 32 random bytes do, 64 leave room for a keyed hash."""
 
+NONCE_BYTES: Final = 32
+"""A nonce of the admission: random, so that no proof is ever asked for twice."""
+
+PROOF_BYTES: Final = 32
+"""A proof of the admission: an HMAC-SHA256."""
+
 MAX_CAPABILITIES: Final = 64
 """Entries of a capability list; version 1 defines none."""
 

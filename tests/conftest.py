@@ -18,6 +18,7 @@ from migrate.errors import GuestError
 from migrate.lab import guest_image as lab_image
 from migrate.lab.guest_image import GuestImage
 from migrate.lab.qemu_binaries import QemuBinary, find_10_0, find_installed
+from tests.pki import Pki
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RESULTS: Final = ROOT / ".cache" / "test-results"
@@ -68,6 +69,12 @@ def _found(find: Callable[[], FoundT]) -> FoundT:
     except GuestError as error:
         reason = f"{error}; tools/setup does it"
     pytest.fail(reason, pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def pki() -> Pki:
+    """A CA and good certificates, made once."""
+    return Pki()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from migrate.errors import ParamsError
+from migrate.link_security import LinkSecurity
 from migrate.params import (
     Compress,
     DestinationParams,
@@ -60,6 +61,10 @@ def source_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_source_ways(parser)
     _add_source_limits(parser)
+    _add_security(parser).add_argument(
+        "--tls-hostname", metavar="NAME",
+        help="the destination's name in its certificate, if not the one in --to",
+    )  # fmt: skip
     _add_handover(parser)
     _add_probe(parser)
     _add_output(parser)
@@ -204,6 +209,11 @@ def destination_parser() -> argparse.ArgumentParser:
         "--hello-timeout", metavar="TIME", type=_checked(_parse_s), default="10s",
         help="how long a new connection may take to introduce itself",
     )  # fmt: skip
+    _add_security(parser).add_argument(
+        "--tls-authz", metavar="NAME", action="append",
+        help="take only sources whose certificate has this name; may be repeated (default: all "
+        "that the CA issued)",
+    )  # fmt: skip
     group = parser.add_argument_group("the handover")
     _add_rings(group)
     _add_state_dir(group)
@@ -245,6 +255,7 @@ def parse_source(argv: Sequence[str]) -> SourceParams:
             connect_timeout_s=options.connect_timeout,
             probe=options.probe,
             probe_before_s=options.probe_before,
+            security=_security(options),
             output=_output(options),
         )
     except ParamsError as error:
@@ -277,6 +288,7 @@ def parse_destination(argv: Sequence[str]) -> DestinationParams:
             state_dir=options.state_dir,
             run_dir=options.run_dir,
             hello_timeout_s=options.hello_timeout,
+            security=_security(options),
             output=_output(options),
         )
     except ParamsError as error:
@@ -292,6 +304,28 @@ def _parser(
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"{prog} {installed_version()}")
     return parser
+
+
+def _add_security(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("who may take part, and who may look (docs/security.md)")
+    group.add_argument(
+        "--tls-dir", metavar="DIR", type=Path,
+        help="only TLS: certificates and keys in the layout of QEMU and libvirt",
+    )  # fmt: skip
+    group.add_argument(
+        "--token-file", metavar="FILE", type=Path,
+        help="a secret of at least 32 bytes that both sides must prove to have",
+    )  # fmt: skip
+    return group
+
+
+def _security(options: argparse.Namespace) -> LinkSecurity:
+    return LinkSecurity(
+        tls_dir=options.tls_dir,
+        tls_hostname=getattr(options, "tls_hostname", None),
+        tls_authz=tuple(getattr(options, "tls_authz", None) or ()),
+        token_file=options.token_file,
+    )
 
 
 def _add_rings(group: argparse._ArgumentGroup) -> None:

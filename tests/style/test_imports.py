@@ -34,7 +34,7 @@ IMPURE: Final = {
 
 MAY_IMPORT: Final = {
     "proto": {"proto", "numpy", "msgpack", "lz4", "zstandard", "xxhash"},
-    "migrate": {"migrate", "proto", "numpy", "trio", "xxhash"},
+    "migrate": {"migrate", "proto", "cryptography", "numpy", "trio", "xxhash"},
 }
 """Besides the standard library."""
 
