@@ -81,7 +81,6 @@ async def introduce(
     """
     hello = Hello(
         migration_id=runtime.random_bytes(16),
-        token=b"",
         digest_seed=int.from_bytes(runtime.random_bytes(8), "little"),
         cache_slots=cache_bytes // PAGE_SIZE,
         facts=facts.machine,

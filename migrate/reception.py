@@ -94,14 +94,14 @@ class Reception:
     ) -> None:
         """Let a connection introduce itself; nothing that it does or meets may end the run."""
         used: LinkSocket | Link = sock
+        adopted = False
         try:
             with scope, trio.move_on_after(self._params.hello_timeout_s) as patience:
                 admitted = await self._guard.admit(sock, f"migrate-src at {host}")
                 link = used = Link(
                     admitted, LinkSession(Role.DESTINATION), f"migrate-src at {host}"
                 )
-                if await self._introduced(link, host, source):
-                    return
+                adopted = await self._introduced(link, host, source)
             if scope.cancelled_caught:
                 self._say_turned_away(host, "too many others came after it")
             elif patience.cancelled_caught:
@@ -110,7 +110,8 @@ class Reception:
             self._say_turned_away(host, str(error))
         finally:
             self._strangers.pop(scope, None)
-        used.close()
+            if not adopted:
+                used.close()
 
     async def _introduced(
         self, link: Link, host: str, source: trio.MemorySendChannel[tuple[Link, Hello]]

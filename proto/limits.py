@@ -75,7 +75,7 @@ MAX_RETURN_PATH_BYTES: Final = 64 * 1024
 """Return path bytes in one frame; QEMU's own messages there are at most 512 bytes long."""
 
 MAX_TOKEN_BYTES: Final = 64
-"""The secret that admits a source: 32 random bytes do, 64 leave room for a keyed hash."""
+"""What admits a further connection: 32 random bytes do, 64 leave room for a keyed hash."""
 
 NONCE_BYTES: Final = 32
 """A nonce of the admission: random, so that no proof is ever asked for twice."""

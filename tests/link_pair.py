@@ -15,7 +15,7 @@ from proto.link.state import Direction, LinkState, Role, next_state
 from tests.strategies import BLOCKS, CACHE_SLOTS, page_array, receive, same_message
 
 DIGEST = bytes(16)
-HELLO = m.Hello(DIGEST, b"token", 1, CACHE_SLOTS, {"smp": 2}, optional=("a", "b"))
+HELLO = m.Hello(DIGEST, 1, CACHE_SLOTS, {"smp": 2}, optional=("a", "b"))
 TABLE = m.RamBlockTable(BLOCKS, b"start section")
 PAGES = PageBatch(
     0,

@@ -131,7 +131,6 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
     FrameType.HELLO: st.builds(
         m.Hello,
         migration_id=digests,
-        token=st.binary(max_size=64),
         digest_seed=u64,
         cache_slots=st.integers(0, 1 << 24),
         facts=facts,

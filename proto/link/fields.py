@@ -79,7 +79,6 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
             "version": U16,
             "oldest": U16,
             "migration_id": MIGRATION_ID,
-            "token": binary(MAX_TOKEN_BYTES),
             "required": NAMES,
             "optional": NAMES,
             "digest_seed": U64,

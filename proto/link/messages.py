@@ -133,7 +133,6 @@ class Hello:
 
     Attributes:
         migration_id: 16 random bytes that name the migration.
-        token: The secret that admits this source; empty if none is used.
         digest_seed: Seed of the page digests of this migration.
         cache_slots: Page cache slots the source would like; 0 = no cache.
         facts: The source machine, for the comparison before the migration; ``None`` if unknown.
@@ -153,7 +152,6 @@ class Hello:
     frame_type: ClassVar[FrameType] = FrameType.HELLO
 
     migration_id: bytes
-    token: bytes
     digest_seed: int
     cache_slots: int
     facts: Mapping[str, object] | None

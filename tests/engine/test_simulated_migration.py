@@ -131,7 +131,7 @@ QEMU: dict[str, Any] = {"machine_type": "pc-q35-7.2"}
 
 
 def hello(facts: dict[str, Any] | None) -> Hello:
-    return Hello(bytes(16), b"", 1, 0, facts, facts_missing="" if facts else "no monitor")
+    return Hello(bytes(16), 1, 0, facts, facts_missing="" if facts else "no monitor")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class Move:
 
     def _greet(self, blocks: tuple[RamBlock, ...]) -> None:
         seed, slots = self.params.digest_seed, self.params.cache_slots
-        self._say(m.Hello(bytes(16), b"", seed, slots, {"kind": "simulated"}))
+        self._say(m.Hello(bytes(16), seed, slots, {"kind": "simulated"}))
         self.deliver()
         self._answer(m.Welcome(m.CommitKind.HELD.value, slots, {"kind": "simulated"}))
         self._ledger.start_round(0, 0)

@@ -23,7 +23,6 @@ from proto.limits import (
     MAX_RETURN_PATH_BYTES,
     MAX_START_BYTES,
     MAX_TEXT_BYTES,
-    MAX_TOKEN_BYTES,
     MAX_WARNINGS,
 )
 from proto.link import messages as m
@@ -45,7 +44,7 @@ DIGEST = bytes(16)
 MAPS = [number for number, fields in FIELDS.items() if fields]
 EMPTY = [number for number, fields in FIELDS.items() if not fields]
 
-HELLO = m.Hello(bytes(16), b"token", 1, 64, {"smp": 2}, paused_at_start=True)
+HELLO = m.Hello(bytes(16), 1, 64, {"smp": 2}, paused_at_start=True)
 WELCOME = m.Welcome("held", 64, None, "not asked")
 ABORT = m.Abort("cancelled", "by the user", "source")
 
@@ -209,7 +208,6 @@ def ranges(count: int) -> m.DigestQuery:
 
 
 LIMITS: dict[str, tuple[Callable[[int], m.Message], int]] = {
-    "token": (lambda n: dataclasses.replace(HELLO, token=bytes(n)), MAX_TOKEN_BYTES),
     "slots": (lambda n: dataclasses.replace(HELLO, cache_slots=n), MAX_CACHE_SLOTS),
     "capabilities": (
         lambda n: dataclasses.replace(HELLO, required=("x",) * n),

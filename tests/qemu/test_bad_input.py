@@ -156,7 +156,6 @@ def hello(**values: object) -> bytes:
     """A HELLO as a source would send it."""
     facts: dict[str, object] = {
         "migration_id": bytes(16),
-        "token": b"",
         "digest_seed": 1,
         "cache_slots": 0,
         "facts": None,
