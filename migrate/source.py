@@ -17,8 +17,8 @@ from pathlib import Path
 import trio
 
 from migrate.ballooning import Ballooning, ballooned, hinting
+from migrate.connecting import open_link
 from migrate.errors import (
-    ConnectError,
     DeadlineExceededError,
     GuestError,
     GuestOn,
@@ -59,7 +59,6 @@ from proto.guest_events import GuestEvent
 from proto.limits import MAX_DATA_BYTES
 from proto.link import messages
 from proto.link.messages import Message
-from proto.link.session import LinkSession
 from proto.link.state import LinkState, Role
 from proto.packing import clip_text
 from proto.qemu.format import RP_SHUT
@@ -254,7 +253,7 @@ class SourceRun:
             session.enter("watching the service")
             await self._probe.wait_before(params.probe_before_s)
         session.enter("connecting")
-        link = self._link = await self._connect()
+        link = self._link = await open_link(params, self._runtime, self._guard)
         relay = params.commit == "relay"
         agreement = self._agreement = await introduce(
             link, guest, facts, self._runtime, cache_bytes=params.cache_bytes, relay=relay
@@ -379,17 +378,6 @@ class SourceRun:
                 await guest.finish(quit_guest=self._params.after == "quit")
             if self._peer_said_bye and self._handover is not None:
                 self._handover.state_file.remove()
-
-    async def _connect(self) -> Link:
-        params = self._params
-        deadline = trio.current_time() + params.connect_timeout_s
-        with trio.move_on_after(params.connect_timeout_s):
-            peer = f"migrate-dst at {params.to}"
-            sock = await self._runtime.connect(params.to, "migrate-dst")
-            sock = await self._guard.enter(sock, params.to, peer)
-            return Link(sock, LinkSession(Role.SOURCE), peer)
-        waited = trio.current_time() - deadline + params.connect_timeout_s
-        raise ConnectError(f"migrate-dst at {params.to} did not answer within {waited:.0f} s")
 
     async def _receive(
         self, link: Link, guest: SourceGuest, control: trio.MemorySendChannel[Message]
