@@ -11,8 +11,9 @@ from pathlib import Path
 import trio
 
 from migrate.ballooning import give_back
+from migrate.checkpoint.destination_side import DestinationCopies
 from migrate.destination_guest import DISCARD_S, GuestOpener
-from migrate.destination_report import destination_report
+from migrate.destination_report import destination_report, progress_state
 from migrate.errors import (
     GuestError,
     GuestOn,
@@ -28,7 +29,6 @@ from migrate.inbound import Inbound
 from migrate.params import DestinationParams
 from migrate.reception import Reception
 from migrate.recovery.record import begin_record
-from migrate.report.progress import ProgressState
 from migrate.report.report import Report
 from migrate.ring_guard import settle_verdict
 from migrate.rings import RingVerdict
@@ -70,6 +70,7 @@ class DestinationRun:
         self._source_done = False
         self._discarded = False
         self._reception = Reception(params, session, self._guard)
+        self._copies = DestinationCopies(params.checkpoint, params.vm_id, session)
 
     @property
     def waits_for_source(self) -> bool:
@@ -113,6 +114,7 @@ class DestinationRun:
         report = destination_report(
             self._session, self._link, self._inbound, self._handover, error
         )
+        self._copies.tell(report)
         running_ns = self._handover.times.running_ns if self._handover is not None else None
         if error is None and self._opener.simulated is not None and running_ns is not None:
             # How long the guest is watched is no part of the migration.
@@ -240,6 +242,7 @@ class DestinationRun:
 
     async def _take_in(self, guest: DestinationGuest) -> None:
         session = self._session
+        await self._copies.prepare(guest)
         async with trio.open_nursery() as nursery:
             to_us, sources = trio.open_memory_channel[tuple[Link, Hello]](1)
             nursery.start_soon(self._reception.run, to_us)
@@ -247,9 +250,17 @@ class DestinationRun:
             self._link = link
             session.builder.setup_done(self._runtime.now_ns())
             nursery.start_soon(link.keep_alive)  # the comparison may take its time
+            old_pages = await self._copies.find(hello)
+            welcomed = trio.Event()
+            nursery.start_soon(self._copies.announce, link, welcomed)
             agreement = self._agreement = await answer_hello(
-                link, hello, guest, cache_max_bytes=self._params.cache_max_bytes
+                link,
+                hello,
+                guest,
+                cache_max_bytes=self._params.cache_max_bytes,
+                old_pages=old_pages,
             )
+            welcomed.set()
             for warning in (*agreement.warnings, *agreement.not_checked):
                 session.warn(warning)
             session.builder.report.not_checked += agreement.not_checked
@@ -271,6 +282,7 @@ class DestinationRun:
             slot_count=agreement.slot_count,
             ledger=self._session.ledger,
             runtime=self._runtime,
+            old_pages=self._copies.pages,
         )
         handover = self._handover = DestinationHandover(
             guest=guest,
@@ -293,6 +305,7 @@ class DestinationRun:
             if agreement.kind is CommitKind.RELAYED:
                 nursery.start_soon(self._relay, guest, link)
             await inbound.run()
+            self._copies.stop_announcing()
             self._session.enter("handover")
             await handover.hand_over()
             self._session.enter("done")
@@ -362,24 +375,8 @@ class DestinationRun:
 
     async def _show_progress(self) -> None:
         while True:
-            self._session.show(self._progress_state())
+            self._session.show(progress_state(self._session, self._link, self._inbound))
             await trio.sleep(PROGRESS_S)
-
-    def _progress_state(self) -> ProgressState:
-        session, inbound, link = self._session, self._inbound, self._link
-        assert inbound is not None
-        assert link is not None
-        stopped = inbound.state.stopped and session.phase == "precopy"
-        blocks = inbound.state.blocks
-        return ProgressState(
-            phase="stop-and-copy" if stopped else session.phase,
-            elapsed_ms=session.elapsed_ms,
-            round_no=inbound.state.round_no,
-            ram_bytes=sum(b.used_length for b in blocks.blocks) if blocks else None,
-            pages=session.ledger.pages,
-            wire_bytes=link.received_bytes,
-            receiving=True,
-        )
 
 
 def _gave_up(abort: messages.Abort) -> PeerRefusedError:

@@ -3,6 +3,7 @@
 from migrate.errors import GuestOn, MigrationError
 from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
+from migrate.report.progress import ProgressState
 from migrate.report.report import DeviceReport, Integrity, Report
 from migrate.ring_guard import arrived_reports
 from migrate.session import Session
@@ -59,3 +60,22 @@ def _devices(handover: DestinationHandover) -> list[DeviceReport]:
     state = handover.inbound.state
     checked = state.end is not None and state.end.rings_checked
     return arrived_reports(handover.guest, state.device_state, checked_by_source=checked)
+
+
+def progress_state(
+    session: Session, link: Link | None, inbound: Inbound | None
+) -> ProgressState:
+    """What a person may see of a migration that is under way."""
+    assert link is not None
+    assert inbound is not None
+    stopped = inbound.state.stopped and session.phase == "precopy"
+    blocks = inbound.state.blocks
+    return ProgressState(
+        phase="stop-and-copy" if stopped else session.phase,
+        elapsed_ms=session.elapsed_ms,
+        round_no=inbound.state.round_no,
+        ram_bytes=sum(b.used_length for b in blocks.blocks) if blocks else None,
+        pages=session.ledger.pages,
+        wire_bytes=link.received_bytes,
+        receiving=True,
+    )

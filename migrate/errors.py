@@ -235,6 +235,13 @@ class IntegrityError(MigrationError):
     code = "integrity"
 
 
+class OldCopyError(MigrationError):
+    """What this host had kept of the guest's RAM changed on the disk while it was in use."""
+
+    exit_code = 41
+    code = "old-copy"
+
+
 class SwitchoverUnknownError(MigrationError):
     """The link died between COMMIT and RUNNING: the guest may run on the destination."""
 

@@ -47,6 +47,7 @@ class Agreement:
         seed: Digest seed.
         slot_count: Page cache slots.
         landed: RAM blocks whose pages are written into the destination guest's RAM in place.
+        old_pages: Slots of the destination's old copy.
         warnings: What a person should know.
         not_checked: What the comparison could not look at.
         restore_balloon_bytes: Memory that the guest is to have again where it arrives; ``None``: it
@@ -58,6 +59,7 @@ class Agreement:
     seed: int
     slot_count: int
     landed: frozenset[str]
+    old_pages: int
     warnings: tuple[str, ...]
     not_checked: tuple[str, ...]
     restore_balloon_bytes: int | None = None
@@ -71,6 +73,7 @@ async def introduce(
     *,
     cache_bytes: int,
     relay: bool,
+    vm_id: str | None,
 ) -> Agreement:
     """Source: say what we are and want, hear what the destination makes of it.
 
@@ -88,6 +91,7 @@ async def introduce(
         commit="relay" if relay else "auto",
         return_path=guest.return_path,
         paused_at_start=guest.was_running is False,
+        vm_id=vm_id,
     )
     await link.send(hello)
     welcome: Welcome | None = None
@@ -101,6 +105,7 @@ async def introduce(
         seed=hello.digest_seed,
         slot_count=welcome.cache_slots,
         landed=frozenset(welcome.landed),
+        old_pages=welcome.old_pages,
         warnings=tuple(welcome.warnings),
         not_checked=_not_checked(facts.missing, welcome.facts_missing),
     )
@@ -123,7 +128,7 @@ async def _answer(link: Link) -> Welcome:
 
 
 async def answer_hello(
-    link: Link, hello: Hello, guest: DestinationGuest, *, cache_max_bytes: int
+    link: Link, hello: Hello, guest: DestinationGuest, *, cache_max_bytes: int, old_pages: int
 ) -> Agreement:
     """Destination: compare the machines and say WELCOME.
 
@@ -160,6 +165,7 @@ async def answer_hello(
             facts=facts.machine,
             facts_missing=facts.missing,
             landed=landed,
+            old_pages=old_pages,
             warnings=warnings[:MAX_WARNINGS],
         )
     )
@@ -169,6 +175,7 @@ async def answer_hello(
         seed=hello.digest_seed,
         slot_count=slot_count,
         landed=frozenset(landed),
+        old_pages=old_pages,
         warnings=warnings,
         not_checked=_not_checked(hello.facts_missing, facts.missing),
         restore_balloon_bytes=_restore_balloon(hello, facts),

@@ -16,6 +16,7 @@ from migrate.backlog import Backlog
 from migrate.errors import PeerProtocolError
 from migrate.guests.base import DestinationGuest
 from migrate.pages.apply import PageApplier
+from migrate.pages.old_copy import Slots
 from migrate.report.ledger import Ledger
 from migrate.runtime import Costs, Runtime, Step
 from migrate.transport.link import Link
@@ -106,7 +107,9 @@ class Inbound:
         slot_count: int,
         ledger: Ledger,
         runtime: Runtime,
+        old_pages: Slots | None = None,
     ) -> None:
+        self._old_pages = old_pages
         self._guest = guest
         self._runtime = runtime
         self._link = link
@@ -238,6 +241,7 @@ class Inbound:
                 f"a start of {len(blocks.start)}"
             )
         self.state.blocks = blocks
+        context = self._link.session.context
         try:
             self.state.applier = PageApplier(
                 blocks.blocks,
@@ -246,6 +250,8 @@ class Inbound:
                 allocate=self._guest.allocate,
                 fresh_blocks=self._guest.fresh_blocks(blocks),
                 landed=self._guest.landed_blocks(blocks),
+                old_pages=self._old_pages,
+                first_old=context.slots.first_old(context.shape),
             )
         except MemoryError as error:
             raise PeerProtocolError(

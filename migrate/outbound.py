@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import trio
 import xxhash
 
+from migrate.checkpoint.source_side import SourceCopies
 from migrate.control.codec_choice import CodecSetting
 from migrate.encoding import PageEncoder, Plan
 from migrate.errors import GuestError
@@ -100,6 +101,7 @@ class Outbound:
         compress: Compress,
         runtime: Runtime,
         rings: SourceRingGuard,
+        copies: SourceCopies,
     ) -> None:
         self._guest = guest
         self._runtime = runtime
@@ -110,6 +112,7 @@ class Outbound:
         self._encoder = PageEncoder(compress, runtime)
         self.sender = sender
         self.rings = rings
+        self._copies = copies
         self.state = OutboundState()
 
     async def run(self, pending: list[GuestEvent]) -> None:
@@ -140,6 +143,7 @@ class Outbound:
                     self.state.switchover_at_ns = self._runtime.now_ns()
                     self.sender.backlog.raise_limit(STOPPED_BACKLOG_BYTES)
                 if events:
+                    self._copies.keep(events)
                     await out.send(events)
                 if events and isinstance(events[-1], End):
                     return
@@ -173,7 +177,10 @@ class Outbound:
         for event in events:
             if isinstance(event, RamBlocks):
                 self.state.classifier = Classifier(
-                    event.blocks, seed=self._seed, slot_count=self._slot_count
+                    event.blocks,
+                    seed=self._seed,
+                    slot_count=self._slot_count,
+                    old_slots=self._copies.old_slots(event.blocks),
                 )
                 self.rings.blocks(event.blocks)
             classifier = self.state.classifier
@@ -208,6 +215,7 @@ class Outbound:
     def _outgoing(self, pages: ClassifiedPages) -> Outgoing:
         item = Outgoing(self.state.round_no)
         item.raw_bytes = pages.content_count * PAGE_SIZE
+        self._copies.count_references(pages.ref_slots)
         return item
 
     async def _encode(self, item: Outgoing, pages: ClassifiedPages, plan: Plan) -> None:

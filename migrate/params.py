@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from migrate.checkpoint.params import CheckpointParams, needs_vm_id
 from migrate.errors import ParamsError
 from migrate.link_security import UNPROTECTED, LinkSecurity
 from migrate.simulation.profile import Profile
@@ -257,6 +258,8 @@ class SourceParams:
         probe: Service of the guest whose answers are watched; ``None`` = none.
         probe_before_s: Seconds to watch it before its migration.
         security: How the link is protected.
+        checkpoint: Where the guest's RAM is kept when it leaves; ``None`` = nowhere.
+        vm_id: Identity of the VM; ``None`` = its UUID.
         output: Reports and progress.
     """
 
@@ -281,6 +284,8 @@ class SourceParams:
     probe: ProbeTarget | None = None
     probe_before_s: float = 1.0
     security: LinkSecurity = UNPROTECTED
+    checkpoint: CheckpointParams | None = None
+    vm_id: str | None = None
     output: OutputParams = OutputParams()
 
     def __post_init__(self) -> None:
@@ -305,6 +310,8 @@ class SourceParams:
             )
 
     def _check_gateway(self) -> None:
+        if self.checkpoint is not None and self.gateway is not None and self.vm_id is None:
+            raise needs_vm_id("--gateway cannot ask the QEMU for a UUID")
         unix_gateway = isinstance(self.gateway, UnixAddress)
         if self.gateway_owner is not None and not unix_gateway:
             raise ParamsError("--gateway-owner only works with --gateway unix:PATH")
@@ -368,6 +375,8 @@ class DestinationParams:
         run_dir: Where the sockets and logs of a QEMU that we start live; made with mode 0700.
         hello_timeout_s: Seconds a connection may take to introduce itself.
         security: How the link is protected.
+        checkpoint: Where the RAM of guests that left is kept; ``None`` = nothing is.
+        vm_id: Identity of the VM that may come; ``None`` = its QEMU's UUID.
         output: Reports and progress.
     """
 
@@ -384,6 +393,8 @@ class DestinationParams:
     run_dir: Path
     hello_timeout_s: float = 10.0
     security: LinkSecurity = UNPROTECTED
+    checkpoint: CheckpointParams | None = None
+    vm_id: str | None = None
     output: OutputParams = OutputParams()
 
     def __post_init__(self) -> None:
@@ -404,6 +415,8 @@ class DestinationParams:
             _check_socket_path(self.qmp, "--qmp")
         if isinstance(self.incoming, LinkAddress) and self.incoming.port == 0:
             raise ParamsError(f"--incoming needs QEMU's port, got {self.incoming}")
+        if self.checkpoint is not None and self.incoming is not None and self.vm_id is None:
+            raise needs_vm_id("--incoming cannot ask the QEMU for a UUID")
         _check_cache(self.cache_max_bytes, "--cache-max")
         _check_positive(self.hello_timeout_s, "--hello-timeout")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 
 from migrate.ballooning import Ballooning, ballooned, hinting
+from migrate.checkpoint.source_side import SourceCopies
 from migrate.connecting import open_link
 from migrate.errors import (
     DeadlineExceededError,
@@ -51,7 +52,7 @@ from migrate.session import (
     told_or_bug,
     wait_stalled,
 )
-from migrate.source_report import source_report
+from migrate.source_report import progress_state, source_report
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
 from proto.errors import QemuStreamError
@@ -96,6 +97,7 @@ class SourceRun:
         self._run_state: str | None = None
         self._probe = Probe(None, session.warn)
         self._ballooning: Ballooning | None = None
+        self._copies = SourceCopies(params.checkpoint, params.vm_id, session)
         self._hold = CommitHold(session) if params.hold_before_commit else CommitHold(None)
 
     def cancel(self, why: str) -> None:
@@ -130,6 +132,7 @@ class SourceRun:
             self._outbound,
             self._handover,
             error,
+            copies=self._copies,
             downtime_limit_ms=self._params.downtime_limit_ms,
         )
         if error is not None:
@@ -177,6 +180,7 @@ class SourceRun:
             if failure is not None:
                 await self._after_failure(guest, failure)
         finally:
+            self._copies.discard()
             if self._link is not None:
                 self._link.close()
 
@@ -242,6 +246,7 @@ class SourceRun:
         facts = await guest.facts()
         if self._ballooning is not None:
             facts = self._ballooning.with_wish(facts)
+        vm_id = await self._copies.identify(facts)
         session.builder.report.qemu_version = facts.qemu_version
         session.builder.report.free_page_hinting = hinting(facts)
         pending: list[GuestEvent] = []
@@ -256,10 +261,17 @@ class SourceRun:
         link = self._link = await open_link(params, self._runtime, self._guard)
         relay = params.commit == "relay"
         agreement = self._agreement = await introduce(
-            link, guest, facts, self._runtime, cache_bytes=params.cache_bytes, relay=relay
+            link,
+            guest,
+            facts,
+            self._runtime,
+            cache_bytes=params.cache_bytes,
+            relay=relay,
+            vm_id=vm_id,
         )
         if self._ballooning is not None:
             self._ballooning.agreed(agreement.kind)
+        self._copies.expect(agreement)
         for warning in (*agreement.warnings, *agreement.not_checked):
             session.warn(warning)
         session.builder.report.not_checked += agreement.not_checked
@@ -289,6 +301,7 @@ class SourceRun:
                 allow_inconsistent=params.allow_inconsistent_rings,
                 warn=self._session.warn,
             ),
+            copies=self._copies,
         )
         record = runtime.state_file(params.state_dir, "source", agreement.migration_id)
         begin_record(
@@ -331,8 +344,10 @@ class SourceRun:
             if session.watched:
                 nursery.start_soon(self._show_progress, guest)
             nursery.start_soon(self._watch_stop, link, outbound)
+            nursery.start_soon(self._copies.run)
             if isinstance(guest, GatewaySource):
                 nursery.start_soon(guest.refuse_more_connections)
+            await self._copies.wait_announced()
             await outbound.rings.start()
             session.enter("precopy")
             session.builder.setup_done(self._runtime.now_ns())
@@ -342,6 +357,7 @@ class SourceRun:
             await handover.hand_over()
             session.enter("done")
             await self._farewell(guest, link)
+            await self._copies.publish()
             nursery.cancel_scope.cancel()
 
     async def _watch_stop(self, link: Link, outbound: Outbound) -> None:
@@ -403,6 +419,8 @@ class SourceRun:
                         self._sender.take_ack()
                     case messages.KeepAlive():
                         pass
+                    case messages.OldCopy():
+                        await self._copies.take(message)
                     case messages.Bye():
                         self._peer_said_bye = True
                         self._peer_left.set()
@@ -459,27 +477,9 @@ class SourceRun:
             outbound.sender.note_guest(known.dirty_pages_per_s, known.throttle_percent)
 
     def _progress_state(self, known: GuestProgress) -> ProgressState:
-        outbound = self._outbound
-        assert outbound is not None
-        session = self._session
-        estimate = outbound.sender.consumed_estimate()
-        goodput = estimate.wire_bps if estimate else None
-        stopped = outbound.state.switchover_at_ns is not None
-        phase = "stop-and-copy" if stopped and session.phase == "precopy" else session.phase
-        remaining = 0 if stopped else known.remaining_bytes
-        return ProgressState(
-            phase=phase,
-            elapsed_ms=session.elapsed_ms,
-            round_no=outbound.state.round_no,
-            ram_bytes=outbound.state.ram_bytes or None,
-            pages=session.ledger.pages,
-            wire_bytes=self._link.sent_bytes if self._link else 0,
-            goodput_bps=goodput,
-            remaining_bytes=remaining,
-            dirty_pages_per_s=known.dirty_pages_per_s,
-            expected_downtime_ms=outbound.sender.expected_downtime_ms(remaining),
-            downtime_limit_ms=self._params.downtime_limit_ms,
-            codec=outbound.sender.codec_text,
+        limit_ms = self._params.downtime_limit_ms
+        return progress_state(
+            self._session, self._link, self._outbound, known, downtime_limit_ms=limit_ms
         )
 
 

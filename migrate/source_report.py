@@ -1,8 +1,11 @@
 """Source: what happened becomes the report."""
 
+from migrate.checkpoint.source_side import SourceCopies
 from migrate.errors import GuestOn, MigrationError
+from migrate.guests.base import GuestProgress
 from migrate.handover import SourceHandover
 from migrate.outbound import Outbound
+from migrate.report.progress import ProgressState
 from migrate.report.report import Integrity, Report
 from migrate.session import Session
 from migrate.transport.link import Link
@@ -15,6 +18,7 @@ def source_report(
     handover: SourceHandover | None,
     error: MigrationError | None,
     *,
+    copies: SourceCopies,
     downtime_limit_ms: int,
 ) -> Report:
     """Fill the report from whatever the run reached."""
@@ -40,7 +44,8 @@ def source_report(
         if handover.times.running_ns is not None:
             _add_downtime(session, outbound, handover)
             _warn_of_downtime(session, downtime_limit_ms)
-    now_ns = session.runtime.now_ns()
+    copies.tell(builder.report)
+    now_ns = session.runtime.now_ns() - copies.publishing_ns
     if error is not None:
         return builder.failed(now_ns, error, None)
     assert handover is not None
@@ -113,3 +118,32 @@ def _add_downtime(session: Session, outbound: Outbound, handover: SourceHandover
     if builder.report.source == "simulate":
         # kvm-clock stands still exactly as long as the guest does.
         builder.report.guest_clock_jump_ms = builder.report.downtime_ms
+
+
+def progress_state(
+    session: Session,
+    link: Link | None,
+    outbound: Outbound | None,
+    known: GuestProgress,
+    *,
+    downtime_limit_ms: int,
+) -> ProgressState:
+    """What a person may see of a migration that is under way; ``known`` is the guest's part."""
+    assert outbound is not None
+    estimate = outbound.sender.consumed_estimate()
+    stopped = outbound.state.switchover_at_ns is not None
+    remaining = 0 if stopped else known.remaining_bytes
+    return ProgressState(
+        phase="stop-and-copy" if stopped and session.phase == "precopy" else session.phase,
+        elapsed_ms=session.elapsed_ms,
+        round_no=outbound.state.round_no,
+        ram_bytes=outbound.state.ram_bytes or None,
+        pages=session.ledger.pages,
+        wire_bytes=link.sent_bytes if link else 0,
+        goodput_bps=estimate.wire_bps if estimate else None,
+        remaining_bytes=remaining,
+        dirty_pages_per_s=known.dirty_pages_per_s,
+        expected_downtime_ms=outbound.sender.expected_downtime_ms(remaining),
+        downtime_limit_ms=downtime_limit_ms,
+        codec=outbound.sender.codec_text,
+    )

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from migrate.checkpoint.params import DEFAULT_MAX_BYTES, CheckpointParams, parse_vm_id
 from migrate.errors import ParamsError
 from migrate.link_security import LinkSecurity
 from migrate.params import (
@@ -27,7 +28,14 @@ from migrate.params import (
 )
 from migrate.simulation.guest import SimulatedGuest
 from migrate.simulation.profile import Profile, load_profile, shipped_names
-from migrate.units import NS_PER_MS, NS_PER_S, parse_duration_ns, parse_rate, parse_size
+from migrate.units import (
+    NS_PER_MS,
+    NS_PER_S,
+    parse_duration_ns,
+    parse_rate,
+    parse_size,
+    size_text,
+)
 
 T = TypeVar("T")
 
@@ -67,6 +75,7 @@ def source_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_handover(parser)
     _add_probe(parser)
+    _add_checkpoint(parser, "keep the guest's memory in DIR when it leaves")
     _add_output(parser)
     return parser
 
@@ -221,6 +230,7 @@ def destination_parser() -> argparse.ArgumentParser:
         "--run-dir", metavar="DIR", type=Path, default=default_run_dir(os.environ, os.getuid()),
         help="sockets and logs of a QEMU that migrate-dst starts",
     )  # fmt: skip
+    _add_checkpoint(parser, "use what DIR has of the guest's memory from when it left")
     _add_output(parser)
     return parser
 
@@ -256,6 +266,8 @@ def parse_source(argv: Sequence[str]) -> SourceParams:
             probe=options.probe,
             probe_before_s=options.probe_before,
             security=_security(options),
+            checkpoint=_checkpoint(options),
+            vm_id=options.vm_id,
             output=_output(options),
         )
     except ParamsError as error:
@@ -289,6 +301,8 @@ def parse_destination(argv: Sequence[str]) -> DestinationParams:
             run_dir=options.run_dir,
             hello_timeout_s=options.hello_timeout,
             security=_security(options),
+            checkpoint=_checkpoint(options),
+            vm_id=options.vm_id,
             output=_output(options),
         )
     except ParamsError as error:
@@ -341,6 +355,29 @@ def _add_state_dir(group: argparse._ArgumentGroup) -> None:
         default=default_state_dir(os.environ, os.getuid()),
         help="where the handover is recorded for recovery; must survive a reboot",
     )  # fmt: skip
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser, what: str) -> None:
+    group = parser.add_argument_group("old copies of the guest's memory")
+    group.add_argument(
+        "--checkpoint", metavar="DIR", type=Path,
+        help=f"{what}; a directory of mode 700, the same for leaving and coming back",
+    )  # fmt: skip
+    group.add_argument(
+        "--checkpoint-max", metavar="SIZE", type=_checked(parse_size),
+        default=size_text(DEFAULT_MAX_BYTES),
+        help="most that DIR may take up on the disk; the oldest are removed",
+    )  # fmt: skip
+    group.add_argument(
+        "--vm-id", metavar="ID", type=_checked(parse_vm_id),
+        help="whose memory it is (default: the VM's UUID)",
+    )  # fmt: skip
+
+
+def _checkpoint(options: argparse.Namespace) -> CheckpointParams | None:
+    if options.checkpoint is None:
+        return None
+    return CheckpointParams(options.checkpoint, options.checkpoint_max)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

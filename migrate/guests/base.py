@@ -47,11 +47,13 @@ class Facts:
         machine: Plain data for the comparison; None if there is no way to ask.
         missing: Why ``machine`` is None, else empty.
         qemu_version: As people write it, or None.
+        vm_id: Identity of the VM, the same wherever it is; None if it has none.
     """
 
     machine: dict[str, Any] | None
     missing: str = ""
     qemu_version: str | None = None
+    vm_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

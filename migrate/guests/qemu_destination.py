@@ -96,7 +96,7 @@ class QemuDestination:
         """Ask the monitor; see ``migrate.qemu.preflight``."""
         facts = await preflight.collect_facts(self._client)
         version = str(queries.version_of(self._client))
-        return Facts(facts.to_dict(), qemu_version=version)
+        return Facts(facts.to_dict(), qemu_version=version, vm_id=facts.uuid)
 
     async def physical_map(self, blocks: RamBlocks) -> PhysicalMap | None:
         """Ask the monitor."""

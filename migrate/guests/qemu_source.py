@@ -94,7 +94,7 @@ class QemuSource:
         """Ask the monitor; see ``migrate.qemu.preflight``."""
         facts = await preflight.collect_facts(self._client)
         version = str(queries.version_of(self._client))
-        return Facts(facts.to_dict(), qemu_version=version)
+        return Facts(facts.to_dict(), qemu_version=version, vm_id=facts.uuid)
 
     async def ring_layout(self) -> RingLayout | None:
         """Ask the monitor; ``None`` for a QEMU that cannot say."""

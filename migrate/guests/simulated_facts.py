@@ -5,8 +5,11 @@ from typing import Any, Final
 
 from migrate.qemu.preflight import Difference, Severity
 from migrate.simulation.guest import SimulatedGuest
+from migrate.simulation.profile import Profile
 from migrate.simulation.virtio.device import VirtioDevice
 from migrate.units import NS_PER_S
+from proto.errors import MessageError
+from proto.link.fields import VM_ID
 from proto.virtqueue import VirtioDeviceState
 
 COUNTS_EVENT: Final = "simulated device"
@@ -22,6 +25,16 @@ FACTS_VERSION: Final = 1
 def simulated_facts(**more: object) -> dict[str, Any]:
     """Facts of a simulated machine; ``more`` is for people."""
     return {"kind": "simulated", "version": FACTS_VERSION, **more}
+
+
+def simulated_vm_id(profile: Profile) -> str | None:
+    """Identity of a simulated guest; ``None`` if its profile's name is none for that."""
+    vm_id = f"{profile.name}-{profile.seed}"
+    try:
+        VM_ID("profile", vm_id)
+    except MessageError:
+        return None
+    return vm_id
 
 
 def is_simulated(facts: Mapping[str, Any] | None) -> bool:

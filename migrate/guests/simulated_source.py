@@ -17,7 +17,7 @@ import trio
 from migrate.control.convergence import ConvergenceWatch, Sync
 from migrate.errors import GuestOn, NotConvergedError
 from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
-from migrate.guests.simulated_facts import simulated_facts, simulated_virtio
+from migrate.guests.simulated_facts import simulated_facts, simulated_virtio, simulated_vm_id
 from migrate.report.report import Report
 from migrate.rings import RingLayout
 from migrate.runtime import Runtime
@@ -126,7 +126,8 @@ class SimulatedSource:
                 profile=self.guest.profile.name,
                 ram_bytes=ram.length_bytes,
                 content_bytes=ram.content_pages * PAGE_SIZE,
-            )
+            ),
+            vm_id=simulated_vm_id(self.guest.profile),
         )
 
     async def ring_layout(self) -> RingLayout | None:

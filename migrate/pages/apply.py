@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from migrate.pages.digests import DigestTable, digest_pages, zero_digest
 from migrate.pages.landed import LandedBlock, LandedRam
+from migrate.pages.old_copy import Slots, SlotsWithOldCopy
 from migrate.pages.page_cache import SlotStore
 from proto.codecs import CodecId, decode_into
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
@@ -48,6 +49,8 @@ class PageApplier:
         allocate: AllocatePages,
         fresh_blocks: frozenset[int] = frozenset(),
         landed: Mapping[int, LandedBlock] = MappingProxyType({}),
+        old_pages: Slots | None = None,
+        first_old: int = 0,
     ) -> None:
         """Create the destination's half.
 
@@ -59,11 +62,18 @@ class PageApplier:
             fresh_blocks: Blocks that are known to be all zero as long as we wrote nothing there;
                 zero pages of theirs that never travelled need not be written.
             landed: Blocks whose pages are written into the guest's RAM here, by index.
+            old_pages: Pages of an old copy, numbered from 0.
+            first_old: Slot of the first of them.
         """
         self._seed = seed
         self._zero = zero_digest(seed)
         self.table = DigestTable(blocks, seed)
         self._slots = LandedRam(blocks, landed) if landed else SlotStore(slot_count)
+        self._readable = (
+            self._slots
+            if old_pages is None
+            else SlotsWithOldCopy(self._slots, old_pages, first_old)
+        )
         self._allocate = allocate
         self._fresh_blocks = fresh_blocks
         self._landed = landed
@@ -75,6 +85,8 @@ class PageApplier:
         Raises:
             CodecError: Literals or differences do not decode to their announced length.
             LandingError: The guest's RAM cannot be reached.
+            OldCopyError: A page of the old copy is not what was announced.
+            PeerProtocolError: A page of the old copy that was never announced.
         """
         if batch.block in self._landed:
             self._land(batch, self._landed[batch.block])
@@ -90,7 +102,7 @@ class PageApplier:
         rows = _by_class(batch, self._scratch[: batch.content_count])
         refs, deltas, literals = rows
         if len(refs):
-            self._slots.read_into(batch.ref_slots, refs)
+            self._readable.read_into(batch.ref_slots, refs)
         if len(deltas):
             ram.read_into(batch.delta_pages, deltas)
             apply_differences(batch, deltas)
@@ -134,7 +146,7 @@ class PageApplier:
         data = self._allocate(batch.content_count)
         refs, deltas, literals = _by_class(batch, data)
         if len(refs):
-            self._slots.read_into(batch.ref_slots, refs)
+            self._readable.read_into(batch.ref_slots, refs)
         if len(deltas):
             self._slots.read_into(batch.delta_bases, deltas)
             apply_differences(batch, deltas)

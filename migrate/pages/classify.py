@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from migrate.pages.digests import DigestTable, digest_pages, zero_digest
+from migrate.pages.digests import Digests, DigestTable, digest_pages, zero_digest
+from migrate.pages.old_copy import OldSlots
 from migrate.pages.page_cache import Rows, SourceCache
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
 from proto.link.page_lists import NO_PAGES, Pages
@@ -83,11 +84,27 @@ KEEP = KeepRule()
 class Classifier:
     """Assigns classes and keeps the source's picture of the destination."""
 
-    def __init__(self, blocks: Sequence[RamBlock], *, seed: int, slot_count: int) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[RamBlock],
+        *,
+        seed: int,
+        slot_count: int,
+        old_slots: OldSlots | None = None,
+    ) -> None:
+        """Create the source's half.
+
+        Args:
+            blocks: The guest's RAM blocks.
+            seed: Digest seed of this migration.
+            slot_count: Size of the page cache in pages.
+            old_slots: What the destination announced of an old copy.
+        """
         self._seed = seed
         self._zero = zero_digest(seed)
         self.table = DigestTable(blocks, seed)
         self._cache = SourceCache(slot_count, self.table.page_count)
+        self._old_slots = old_slots
 
     def classify_zeros(self, run: ZeroRun) -> ClassifiedPages:
         """Classify pages the guest's side already found to be zero."""
@@ -107,7 +124,7 @@ class Classifier:
         where = self.table.rows(run.block, run.pages)
         same = (self.table.exchange(where, digests) == digests).all(axis=1)
         zero = (digests == self._zero).all(axis=1) & ~same
-        found, slots = self._cache.index.find(digests)
+        found, slots = self._find(digests)
         ref = found & ~same & ~zero
         known = same | zero | ref
         pages, data = run.pages, run.data
@@ -127,3 +144,12 @@ class Classifier:
         rest = ~delta
         literals = (pages[rest], kept.slots[rest], data[rest])
         return ClassifiedPages(run.block, *elsewhere, *differing, *literals)
+
+    def _find(self, digests: Digests) -> tuple[NDArray[np.bool_], NDArray[np.uint32]]:
+        """Look pages up in the old copy, where neighbours mostly are neighbours, and the cache."""
+        found, slots = self._cache.index.find(digests)
+        if self._old_slots is not None:
+            found_old, old_slots = self._old_slots.find(digests)
+            found |= found_old
+            slots = np.where(found_old, old_slots, slots)
+        return found, slots

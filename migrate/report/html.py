@@ -109,6 +109,9 @@ def _figures(report: Report) -> str:
         ("guest RAM", format_size(report.ram_bytes), f"{len(report.rounds)} rounds"),
         ("RAM on both sides", integrity, f"{format_count(report.integrity.pages)} pages"),
     ]
+    if (old := report.old_copy) is not None:
+        pages = f"{format_count(old.referenced_pages)} pages were there"
+        figures.append(("old copy", format_size(old.saved_bytes), pages))
     cells = "".join(
         f'<div><span class="soft">{escape(label)}</span><b>{escape(value)}</b>'
         f'<span class="soft">{escape(note)}</span></div>'

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 from migrate.errors import GuestOn, MigrationCancelledError, MigrationError
 from migrate.report.ledger import ByteCounts, Ledger, PageCounts
+from migrate.report.old_copy import CheckpointReport, OldCopyReport
 from migrate.units import NS_PER_MS
 from proto.guest_events import PAGE_SIZE
 
@@ -257,6 +258,8 @@ class Report:
     integrity: Integrity = field(default_factory=Integrity)
     reconnects: int = 0
     predicted: Prediction | None = None
+    old_copy: OldCopyReport | None = None
+    checkpoint: CheckpointReport | None = None
     devices: list[DeviceReport] = field(default_factory=list)
     simulated_devices: list[SimulatedDeviceReport] | None = None
     balloon: BalloonReport | None = None

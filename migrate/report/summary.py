@@ -169,6 +169,7 @@ def _headline(report: Report) -> list[str]:
     )
     lines.append(_labelled("guest RAM", format_size(report.ram_bytes)))
     lines += [_labelled(label, text) for label, text in unused_memory(report)]
+    lines += _old_copy_lines(report)
     if report.commit is not None:
         lines.append(_labelled("commit", report.commit))
     if report.qemu_version is not None:
@@ -196,6 +197,20 @@ def unused_memory(report: Report) -> list[tuple[str, str]]:
     elif report.free_page_hinting is False:
         found.append(("free pages", "the guest does not hint at them (docs/balloon.md)"))
     return found
+
+
+def _old_copy_lines(report: Report) -> list[str]:
+    lines = []
+    if (old := report.old_copy) is not None:
+        age = f", {format_ms(old.age_s * 1000)} old" if old.age_s is not None else ""
+        text = f"{format_count(old.referenced_pages)} pages ({format_size(old.saved_bytes)})"
+        lines.append(
+            _labelled("old copy", f"{text} of {format_count(old.announced_pages)}{age}")
+        )
+    if report.checkpoint is not None and report.checkpoint.kept:
+        kept = report.checkpoint
+        lines.append(_labelled("checkpoint", f"{format_size(kept.file_bytes)}, {kept.path}"))
+    return lines
 
 
 def _downtime_text(report: Report) -> str:

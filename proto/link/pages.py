@@ -92,6 +92,10 @@ class SlotSpace:
     landed: frozenset[int] = frozenset()
     old_pages: int = 0
 
+    def first_old(self, shape: RamShape) -> int:
+        """Slot of the old copy's first page."""
+        return sum(shape.block_pages) if self.landed else self.cache_slots
+
     def unreadable(self, slots: Pages, shape: RamShape) -> int | None:
         """Find a slot that no reference may name; ``None`` if there is none such."""
         if not self.landed:

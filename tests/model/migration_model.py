@@ -21,6 +21,7 @@ from migrate.simulation.ram import Pages, SimulatedRam
 from migrate.units import NS_PER_MS
 from proto.guest_events import PAGE_SIZE
 from proto.ring_check import OUTSIDE, Outside, check_devices
+from tests.model.kept_ram import Fate, KeptRam
 from tests.model.one_move import Move, MoveParams
 from tests.simulated import FakeTime
 
@@ -71,6 +72,14 @@ def check_memory(arrived: SimulatedRam, left: Copy) -> None:
     here = Copy.of(arrived)
     assert here.ballooned == left.ballooned
     assert here == left, f"pages {here.differing_pages(left)}"
+
+
+def check_kept(kept: KeptRam, left: Copy) -> None:
+    """What a host kept of a guest is what left, but for pages that a balloon had taken."""
+    pages = np.arange(kept.header.page_count, dtype=np.uint32)
+    here = kept.rows(np.delete(pages, left.ballooned))
+    there = np.frombuffer(left.data, np.uint8).reshape(-1, PAGE_SIZE)
+    assert (here == np.delete(there, left.ballooned, axis=0)).all()
 
 
 def check_rings(source: SimulatedGuest, arrived: SimulatedGuest) -> None:
@@ -175,6 +184,7 @@ class Life:
         arrivals: How often it arrived elsewhere.
         resumes: How often it went on after a stop.
         classes: Pages by class, in all migrations that were verified.
+        kept: Its memory as it was when it last left a host.
     """
 
     def __init__(self, profile: Profile, *, track_dma: bool = True) -> None:
@@ -187,6 +197,7 @@ class Life:
         self.arrivals = self.resumes = 0
         self.classes = Counter[str]()
         self.move: Move | None = None
+        self.kept: KeptRam | None = None
         self.guest = SimulatedGuest(
             profile,
             now_ns=self._time.now_ns,
@@ -259,8 +270,14 @@ class Life:
 
     def begin_move(self, params: MoveParams) -> Move:
         """Begin to migrate, with nothing kept of an earlier try."""
-        self.move = Move(self.guest, params, track_dma=self._track_dma)
+        old_copy = self.kept if params.old_copy else None
+        self.move = Move(self.guest, params, track_dma=self._track_dma, old_copy=old_copy)
         return self.move
+
+    def damage_kept(self, fate: Fate, at: float) -> None:
+        """Let something happen to what a host kept of the guest."""
+        if self.kept is not None:
+            self.kept.suffer(fate, at)
 
     def break_link(self, cut_at: float) -> None:
         """Lose the link: the guest goes on here, the copy is worth nothing."""
@@ -285,6 +302,8 @@ class Life:
             assert self.guest.queue.next_ns is None
             self.guest = arrived
             self.arrivals += 1
+            self.kept = move.kept.finish()
+            check_kept(self.kept, memory)
         self._resume(stopped_ns, gap_ns)
 
     def _hand_over(self, move: Move, way: Way, memory: Copy) -> SimulatedGuest | None:

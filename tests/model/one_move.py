@@ -8,15 +8,20 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
+from migrate.checkpoint.file import CheckpointReader
 from migrate.guests.simulated_source import BLOCK_NAME, RAM_START, DirtyWalk
 from migrate.pages.apply import PageApplier
 from migrate.pages.classify import KEEP, ClassifiedPages, Classifier, KeepRule
+from migrate.pages.digest_index import DigestIndex
 from migrate.pages.encode import encode_rows, make_batch
+from migrate.pages.old_copy import OldSlots
 from migrate.report.ledger import PAGE_CLASSES, Ledger
 from migrate.simulation.guest import SimulatedGuest, load_guest
-from migrate.simulation.ram import SimulatedRam
+from migrate.simulation.ram import Pages, SimulatedRam
 from proto.codecs import CodecId, decode, make_codec
 from proto.guest_events import MAX_RUN_PAGES, PageRun, RamBlock, ZeroRun
 from proto.link import messages as m
@@ -26,7 +31,18 @@ from proto.link.pages import PageBatch, bytes_by_class
 from proto.link.session import LinkClosed
 from proto.link.state import LinkState, Role
 from tests.link_pair import End, feed
+from tests.model.kept_ram import VM, KeptRam
 from tests.simulated import FakeTime
+
+
+class OldPages:
+    """What the destination reads of an old copy; here nothing happens to it meanwhile."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
+
+    def read_into(self, slots: Pages, out: NDArray[np.uint8]) -> None:
+        assert self._reader.read_into(slots, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +54,14 @@ class MoveParams:
         cache_slots: Size of the page cache in pages.
         codec_id: Of page content, a ``CodecId``.
         rule: What is kept, and what travels as a difference.
+        old_copy: Whether the destination uses what it kept of the guest when it was there last.
     """
 
     digest_seed: int
     cache_slots: int
     codec_id: int
     rule: KeepRule = KEEP
+    old_copy: bool = False
 
 
 class Move:
@@ -57,21 +75,36 @@ class Move:
         state: The device state that arrived.
         end: The source's last word, None before it arrived.
         sent_pages: Pages that were announced, with repeats.
+        kept: What the source keeps of its memory.
     """
 
-    def __init__(self, source: SimulatedGuest, params: MoveParams, *, track_dma: bool) -> None:
+    def __init__(
+        self,
+        source: SimulatedGuest,
+        params: MoveParams,
+        *,
+        track_dma: bool,
+        old_copy: KeptRam | None = None,
+    ) -> None:
         self.source = source
         self.params = params
         blocks = (RamBlock(BLOCK_NAME, source.ram.length_bytes),)
         seed, slots = params.digest_seed, params.cache_slots
         self.ram = SimulatedRam(source.ram.length_bytes, track_dma=track_dma)
-        self._classifier = Classifier(blocks, seed=seed, slot_count=slots)
+        self.kept = KeptRam(blocks)
+        self._old_copy = old_copy.reader(seed) if old_copy is not None else None
+        self._announced = DigestIndex()
+        self._classifier = Classifier(
+            blocks, seed=seed, slot_count=slots, old_slots=OldSlots(self._announced, slots)
+        )
         self.applier = PageApplier(
             blocks,
             seed=seed,
             slot_count=slots,
             allocate=self.ram.lend_rows,
             fresh_blocks=frozenset({0}),
+            old_pages=OldPages(self._old_copy) if self._old_copy is not None else None,
+            first_old=slots,
         )
         self._near, self._far = End(Role.SOURCE), End(Role.DESTINATION)
         self._under_way: deque[bytes] = deque()
@@ -88,12 +121,25 @@ class Move:
 
     def _greet(self, blocks: tuple[RamBlock, ...]) -> None:
         seed, slots = self.params.digest_seed, self.params.cache_slots
-        self._say(m.Hello(bytes(16), seed, slots, {"kind": "simulated"}))
+        self._say(m.Hello(bytes(16), seed, slots, {"kind": "simulated"}, vm_id=VM))
         self.deliver()
-        self._answer(m.Welcome(m.CommitKind.HELD.value, slots, {"kind": "simulated"}))
+        old_pages = self._old_copy.page_limit if self._old_copy is not None else 0
+        facts = {"kind": "simulated"}
+        self._answer(m.Welcome(m.CommitKind.HELD.value, slots, facts, old_pages=old_pages))
+        self._announce(old_pages // 2)
         self._ledger.start_round(0, 0)
         self._hashes[0].update(RAM_START)
         self._say(m.RamBlockTable(blocks, RAM_START))
+
+    def _announce(self, page_count: int) -> None:
+        """Announce some more pages of the old copy."""
+        reader = self._old_copy
+        if reader is None or reader.exhausted:
+            return
+        first, digests = reader.index.count, reader.read_digests(page_count)
+        if len(digests) or reader.exhausted:
+            self._answer(m.OldCopy(first, digests.tobytes(), reader.exhausted))
+            self._announced.append(digests)
 
     # --- the source's end --------------------------------------------------------------------
 
@@ -111,6 +157,7 @@ class Move:
         """End the round: what was dirtied meanwhile is the next one, with what is left."""
         self._walk.add(self.source.harvest())
         self._say(m.RoundEnd(self._round_no))
+        self._announce(1 << 20)
         self._round_no += 1
         self._ledger.start_round(self._round_no, 0)
 
@@ -125,8 +172,10 @@ class Move:
         for at in range(0, len(full), MAX_RUN_PAGES):
             pages = full[at : at + MAX_RUN_PAGES]
             run = PageRun(0, pages, ram.rows(pages))
+            self.kept.take(run)
             self._send_classified(self._classifier.classify(run, self.params.rule))
         if zero.any():
+            self.kept.take(ZeroRun(0, window[zero]))
             self._send_classified(self._classifier.classify_zeros(ZeroRun(0, window[zero])))
         self.sent_pages += len(window)
 

@@ -10,6 +10,8 @@ engine must be found by the same machine. More runs go through both commands on 
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -26,6 +28,7 @@ from hypothesis.stateful import (
 )
 from numpy.typing import NDArray
 
+from migrate.checkpoint.file import CheckpointReader, CheckpointWriter
 from migrate.errors import GuestOn
 from migrate.lab.virtual import VirtualParams
 from migrate.pages.apply import AppliedBatch, PageApplier, apply_differences
@@ -41,6 +44,7 @@ from proto.guest_events import PAGE_SIZE
 from proto.link.pages import PageBatch
 from tests.conftest import IN_CI
 from tests.model.guest_profiles import FAMILIES, profiles
+from tests.model.kept_ram import FATES, Fate
 from tests.model.migration_model import SCRATCH_PAGES, Life, Way, Who, statistics
 from tests.model.one_move import MoveParams
 from tests.model.whole_engine import Migration, calm, links, parameters
@@ -99,6 +103,7 @@ moves = st.builds(
     st.sampled_from([0, 1, 16, 400, 4096]),
     st.sampled_from([CodecId.RAW, CodecId.LZ4, CodecId.LZ4, CodecId.ZSTD]),
     st.builds(KeepRule, st.booleans(), st.sampled_from([0, 2, 128, 512])),
+    st.booleans(),
 )
 ways: st.SearchStrategy[Way] = st.sampled_from(
     ["arrives", "arrives", "arrives", "loaded", "verified", "sent", "stopped"]
@@ -169,6 +174,11 @@ class Migrations(RuleBasedStateMachine):
             move.deliver()
             move.harvest()
         self.life.stop(way, gap_ns)
+
+    @precondition(lambda self: not self.moving)
+    @rule(fate=st.sampled_from(FATES), at=st.floats(0, 1))
+    def kept_memory_is_damaged(self, fate: Fate, at: float) -> None:
+        self.life.damage_kept(fate, at)
 
     @precondition(lambda self: self.moving)
     @rule(limit=st.sampled_from([1, 5, 300, 100_000]))
@@ -312,6 +322,28 @@ def decoded_pages_are_lost(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SimulatedRam, "load_rows", lossy)
 
 
+def old_pages_are_read_from_elsewhere(patch: pytest.MonkeyPatch) -> None:
+    """The file is right, announced rightly, and then the page before is taken."""
+    read_into = CheckpointReader.read_into
+
+    def wrong(self: CheckpointReader, slots: Pages, out: NDArray[np.uint8]) -> bool:
+        return read_into(self, np.maximum(slots, 1) - np.uint32(1), out)
+
+    patch.setattr(CheckpointReader, "read_into", wrong)
+
+
+def kept_memory_misses_what_came_last(patch: pytest.MonkeyPatch) -> None:
+    write = CheckpointWriter.write
+
+    def early(
+        self: CheckpointWriter, block: int, pages: Pages, data: NDArray[np.uint8]
+    ) -> None:
+        if next_of(self) < 3:
+            write(self, block, pages, data)
+
+    patch.setattr(CheckpointWriter, "write", early)
+
+
 def harvest_clears_after_reading(patch: pytest.MonkeyPatch) -> None:
     """What is written while the pages of a round are read is taken for sent."""
     harvest = DirtyBitmap.harvest_and_clear
@@ -372,6 +404,8 @@ FAULTS: Final = [
     (vhost_log_is_not_merged, "vhost"),
     (pages_given_back_stay_clean, "balloon"),
     (vcpu_writes_are_not_tracked, "vcpus"),
+    (old_pages_are_read_from_elsewhere, "all"),
+    (kept_memory_misses_what_came_last, "all"),
 ]
 
 
@@ -399,7 +433,14 @@ def test_whole_engine_brings_it_over_in_virtual_time(half: int, data: st.DataObj
     migration = Migration(
         data.draw(guests), data.draw(links), data.draw(parameters), half + 2 * data.draw(seeds)
     )
-    source, destination = migration.run()
+    fate = data.draw(st.sampled_from([None, *FATES]))
+    with TemporaryDirectory() as folder:
+        if fate is not None:
+            migration.keeps, migration.fate = Path(folder), fate
+        source, destination = migration.run()
+        if fate is not None:
+            migration.check_kept(migration.left)
+            assert (source.old_copy is not None) == (fate != "no header")
     for report in (source, destination):
         assert (report.error, report.guest_on) == (None, GuestOn.DESTINATION)
     assert migration.arrivals == 1

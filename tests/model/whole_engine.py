@@ -1,5 +1,6 @@
 """Both commands on a virtual clock, seen from the inside: what left, what arrived, who runs."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -9,11 +10,12 @@ from typing import Any, Final
 import trio
 from hypothesis import strategies as st
 
+from migrate.checkpoint.params import CheckpointParams
 from migrate.destination import DestinationRun
 from migrate.errors import GuestOn
 from migrate.guests.base import DestinationGuest, SourceGuest
 from migrate.guests.simulated_destination import SimulatedDestination
-from migrate.guests.simulated_source import SimulatedSource
+from migrate.guests.simulated_source import BLOCK_NAME, SimulatedSource
 from migrate.lab.virtual import (
     Runs,
     VirtualNetwork,
@@ -31,10 +33,13 @@ from migrate.simulation.profile import Profile
 from migrate.source import SourceRun
 from migrate.transport.memory_link import MemoryLinkParams
 from migrate.units import MIB
+from proto.guest_events import PageRun, RamBlock
+from tests.model.kept_ram import VM, Fate, KeptRam
 from tests.model.migration_model import (
     DRAIN_STEP_NS,
     MAX_DRAIN_STEPS,
     Copy,
+    check_kept,
     check_memory,
     check_rings,
     drain,
@@ -130,7 +135,11 @@ class Migration:
         seed: Of everything else.
         cut_after_s: When the link is cut, from the arrival of HELLO on, or, where it is below 0,
             before that, once there is a link; None = never.
+        keeps: Where the source keeps the guest's memory, and the destination looks for some that
+            it had kept; None = neither does.
+        fate: What happened to that since the guest was born there.
         arrivals: How often a guest was loaded and compared with the one that left.
+        left: Its memory at the last arrival.
     """
 
     profile: Profile
@@ -138,7 +147,10 @@ class Migration:
     params: VirtualParams
     seed: int
     cut_after_s: float | None = None
+    keeps: Path | None = None
+    fate: Fate = "whole"
     arrivals: int = 0
+    left: Copy = field(init=False)
     _source: SourceSeen = field(init=False)
     _destination: DestinationSeen = field(init=False)
 
@@ -177,18 +189,44 @@ class Migration:
                 sock.cut()
 
     def _make_runs(self, source: Session, destination: Session) -> Runs:
-        params = source_params(self.params, simulate=self.profile)
-        self._source = SourceSeen(params, source)
-        self._destination = DestinationSeen(destination_params(self.params), destination)
+        near = source_params(self.params, simulate=self.profile)
+        far = destination_params(self.params)
+        if self.keeps is not None:
+            near = replace(near, checkpoint=CheckpointParams(self.keeps / "source"), vm_id=VM)
+            far = replace(
+                far, checkpoint=CheckpointParams(self.keeps / "destination"), vm_id=VM
+            )
+            self._keep_newborn(self.keeps / "destination")
+        self._source = SourceSeen(near, source)
+        self._destination = DestinationSeen(far, destination)
         self._destination.loaded = self._check_arrival
         return self._source, self._destination
+
+    def _keep_newborn(self, directory: Path) -> None:
+        """Have the destination find the guest's memory as it was at power-on."""
+        guest = SimulatedGuest(self.profile)
+        guest.power_on()
+        kept = KeptRam((RamBlock(BLOCK_NAME, guest.ram.length_bytes),))
+        pages = guest.ram.present_pages()
+        kept.take(PageRun(0, pages, guest.ram.rows(pages)))
+        kept.finish().suffer(self.fate, 0.5)
+        directory.mkdir(mode=0o700)
+        content = os.pread(kept.file.number, os.fstat(kept.file.number).st_size, 0)
+        (directory / f"{VM}.ram").write_bytes(content)
+
+    def check_kept(self, left: Copy) -> None:
+        """What the source kept is what left, but for pages that a balloon had taken."""
+        assert self.keeps is not None
+        path = self.keeps / "source" / f"{VM}.ram"
+        check_kept(KeptRam.read(path), left)
 
     def _check_arrival(self) -> None:
         left, arrived = self._source.guest.guest, self._destination.guest.guest
         assert arrived is not None
         assert not left.clock.runs
         assert not arrived.clock.runs
-        check_memory(arrived.ram, Copy.of(left.ram))
+        self.left = Copy.of(left.ram)
+        check_memory(arrived.ram, self.left)
         check_rings(left, arrived)
         assert arrived.save() == left.save()
         self.arrivals += 1

@@ -1,12 +1,20 @@
 """The two command lines: what they mean, and how a mistake is told."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from migrate.checkpoint.params import CheckpointParams
 from migrate.cli.lab import main as run_lab
 from migrate.cli.options import parse_destination, parse_source
-from migrate.params import Compress, LinkAddress, UnixAddress
+from migrate.params import (
+    Compress,
+    DestinationParams,
+    LinkAddress,
+    SourceParams,
+    UnixAddress,
+)
 from migrate.simulation.profile import load_profile
 
 SOURCE = ["--to", "host-b:4444", "--qmp", "/run/vm/qmp"]
@@ -207,3 +215,21 @@ def test_version_needs_no_other_option(
         parse(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("migrate-")
+
+
+@pytest.mark.parametrize(
+    ("parse", "options"), [(parse_source, SOURCE), (parse_destination, DESTINATION)]
+)
+def test_old_copies_have_the_same_options_on_both_sides(
+    parse: Callable[[list[str]], SourceParams | DestinationParams], options: list[str]
+) -> None:
+    if parse is parse_destination:
+        options = [*options, "--simulate"]
+    plain = parse(options)
+    assert (plain.checkpoint, plain.vm_id) == (None, None)
+    kept = parse([*options, "--checkpoint", "/old"])
+    assert kept.checkpoint == CheckpointParams(Path("/old"), 16 << 30)
+    more = ["--checkpoint", "/old", "--checkpoint-max", "2GiB", "--vm-id", "vm-1"]
+    named = parse([*options, *more])
+    assert named.checkpoint == CheckpointParams(Path("/old"), 2 << 30)
+    assert named.vm_id == "vm-1"

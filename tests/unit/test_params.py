@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from migrate.checkpoint.params import CheckpointParams, parse_vm_id
 from migrate.errors import ParamsError
 from migrate.params import (
     Compress,
@@ -235,3 +236,30 @@ def test_state_outlives_a_reboot_and_sockets_need_not() -> None:
     assert default_run_dir({}, 0) == Path("/run/precopy")
     assert default_run_dir({"XDG_RUNTIME_DIR": "/run/user/7"}, 7) == Path("/run/user/7/precopy")
     assert default_run_dir({}, 7) == Path("/tmp/precopy-7")
+
+
+# --- old copies ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_needs_an_identity_where_nobody_can_be_asked() -> None:
+    kept = CheckpointParams(Path("/kept"))
+    with pytest.raises(ParamsError, match="--checkpoint needs --vm-id: --gateway"):
+        gateway_source(checkpoint=kept)
+    with pytest.raises(ParamsError, match="--checkpoint needs --vm-id: --incoming"):
+        destination(
+            qemu_argv=None, incoming=parse_socket_address("unix:/run/in"), checkpoint=kept
+        )
+    assert gateway_source(checkpoint=kept, vm_id="vm").vm_id == "vm"
+    assert source(checkpoint=kept).vm_id is None
+
+
+@pytest.mark.parametrize("text", ["", ".x", "a/b", "a b", "x" * 65, "é"])
+def test_an_identity_can_be_a_file_name(text: str) -> None:
+    with pytest.raises(ParamsError, match="letters, digits"):
+        parse_vm_id(text)
+    assert parse_vm_id("6f1d-a.b_C") == "6f1d-a.b_C"
+
+
+def test_a_directory_of_checkpoints_holds_at_least_a_small_guest() -> None:
+    with pytest.raises(ParamsError, match="--checkpoint-max of at least 1MiB"):
+        CheckpointParams(Path("/kept"), 4096)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from migrate.errors import GuestOn, MigrationError
+from migrate.report.old_copy import CheckpointReport, OldCopyReport
 from migrate.report.report import BalloonReport, Integrity, Prediction, ReportBuilder, Role
 from migrate.report.summary import guest_line, share_text, shortened, summary_lines
 from tests.unit.report_sample import sample_report
@@ -112,6 +113,8 @@ def test_everything_unusual_is_told() -> None:
         asked_bytes=1 << 28, before_bytes=1 << 30, kept_bytes=1 << 28, pages=196_608
     )
     report.free_page_hinting, report.never_sent_pages = True, 5_000
+    report.old_copy = OldCopyReport(1200, 1000, 1000 * 4096, age_s=93.0)
+    report.checkpoint = CheckpointReport("/old/vm.ram", kept=True, file_bytes=5_000_000)
     text = "\n".join(summary_lines(report))
     for expected in (
         "integrity    NOT EQUAL over 7 pages",
@@ -123,6 +126,8 @@ def test_everything_unusual_is_told() -> None:
         "balloon      1.00 GiB, then 256 MiB: 196 608 pages travel as zero",
         "free pages   5 000 never travelled: the guest hints at them",
         "40 %",
+        "old copy     1 000 pages (3.91 MiB) of 1 200, 93.0 s old",
+        "checkpoint   4.77 MiB, /old/vm.ram",
     ):
         assert expected in text
 
