@@ -10,9 +10,9 @@ from typing import Final
 from migrate.control.codec_choice import NONE, CodecChoice, CodecSetting, Trial
 from migrate.control.delta_choice import DeltaChoice, delta_codec
 from migrate.control.goodput import GoodputEstimate
-from migrate.pages.classify import ClassifiedPages, KeepRule
+from migrate.pages.classify import ClassifiedPages
 from migrate.pages.encode import NOTHING, Encoded, encode_rows, make_batch
-from migrate.pages.page_cache import Rows
+from migrate.pages.page_cache import KeepRule, Rows
 from migrate.params import Compress
 from migrate.runtime import Runtime, Step
 from proto.codecs import Codec, CodecId, make_codec

@@ -45,7 +45,8 @@ class Agreement:
         migration_id: 16 bytes that name the migration.
         kind: Who commits.
         seed: Digest seed.
-        slot_count: Page cache slots.
+        slot_count: Page cache slots. With landed RAM the destination has none, and those of the
+            source are its own affair.
         landed: RAM blocks whose pages are written into the destination guest's RAM in place.
         old_pages: Slots of the destination's old copy.
         warnings: What a person should know.
@@ -103,7 +104,7 @@ async def introduce(
         migration_id=hello.migration_id,
         kind=CommitKind(welcome.commit),
         seed=hello.digest_seed,
-        slot_count=welcome.cache_slots,
+        slot_count=hello.cache_slots if welcome.landed else welcome.cache_slots,
         landed=frozenset(welcome.landed),
         old_pages=welcome.old_pages,
         warnings=tuple(welcome.warnings),

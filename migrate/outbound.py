@@ -98,6 +98,7 @@ class Outbound:
         *,
         seed: int,
         slot_count: int,
+        landed: frozenset[str],
         compress: Compress,
         runtime: Runtime,
         rings: SourceRingGuard,
@@ -107,6 +108,7 @@ class Outbound:
         self._runtime = runtime
         self._seed = seed
         self._slot_count = slot_count
+        self._landed = landed
         self._compress = compress
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
         self._encoder = PageEncoder(compress, runtime)
@@ -176,12 +178,7 @@ class Outbound:
         rule = self._encoder.keep_rule()
         for event in events:
             if isinstance(event, RamBlocks):
-                self.state.classifier = Classifier(
-                    event.blocks,
-                    seed=self._seed,
-                    slot_count=self._slot_count,
-                    old_slots=self._copies.old_slots(event.blocks),
-                )
+                self.state.classifier = self._new_classifier(event.blocks)
                 self.rings.blocks(event.blocks)
             classifier = self.state.classifier
             if isinstance(event, PageRun | ZeroRun):
@@ -195,6 +192,18 @@ class Outbound:
             else:
                 classified.append(event)
         return classified
+
+    def _new_classifier(self, blocks: tuple[RamBlock, ...]) -> Classifier:
+        landed = frozenset(i for i, block in enumerate(blocks) if block.idstr in self._landed)
+        # Landing was agreed on, but for blocks that this guest has not: no slots, no base.
+        slot_count = self._slot_count if landed or not self._landed else 0
+        return Classifier(
+            blocks,
+            seed=self._seed,
+            slot_count=slot_count,
+            landed=landed,
+            old_slots=self._copies.old_slots(blocks),
+        )
 
     async def _put_pages(self, pages: ClassifiedPages, nursery: trio.Nursery) -> None:
         if not pages.content_bytes:

@@ -294,6 +294,7 @@ class SourceRun:
             sender,
             seed=agreement.seed,
             slot_count=agreement.slot_count,
+            landed=agreement.landed,
             compress=params.compress,
             runtime=runtime,
             rings=SourceRingGuard(

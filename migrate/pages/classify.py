@@ -5,14 +5,24 @@ changes what the destination holds (its pages, its cache) for the next one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from migrate.pages.digests import Digests, DigestTable, digest_pages, zero_digest
+from migrate.pages.last_places import LastPlaces
 from migrate.pages.old_copy import OldSlots
-from migrate.pages.page_cache import Rows, SourceCache
+from migrate.pages.page_cache import (
+    KeepRule,
+    Kept,
+    PagesNow,
+    Rows,
+    SourceCache,
+    no_slots,
+    nothing_kept,
+)
+from migrate.pages.slot_policy import NO_SLOT, Slots
 from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
 from proto.link.page_lists import NO_PAGES, Pages
 
@@ -65,19 +75,6 @@ class ClassifiedPages:
         return len(self.zero_pages) + self.same_count + self.content_count
 
 
-@dataclass(frozen=True, slots=True)
-class KeepRule:
-    """What is worth to be kept, and to be sent as a difference, at the moment.
-
-    Attributes:
-        fresh: Pages that are sent for the first time may take free slots of the cache.
-        max_words: A page of which more 64-bit words differ travels as it is; 0 = all do.
-    """
-
-    fresh: bool = True
-    max_words: int = 128
-
-
 KEEP = KeepRule()
 
 
@@ -90,6 +87,7 @@ class Classifier:
         *,
         seed: int,
         slot_count: int,
+        landed: frozenset[int] = frozenset(),
         old_slots: OldSlots | None = None,
     ) -> None:
         """Create the source's half.
@@ -97,14 +95,23 @@ class Classifier:
         Args:
             blocks: The guest's RAM blocks.
             seed: Digest seed of this migration.
-            slot_count: Size of the page cache in pages.
+            slot_count: Size of the page cache in pages; with landed RAM that of our own copies.
+            landed: Indices of blocks that land. If there are any, references go to their pages.
             old_slots: What the destination announced of an old copy.
         """
         self._seed = seed
         self._zero = zero_digest(seed)
         self.table = DigestTable(blocks, seed)
-        self._cache = SourceCache(slot_count, self.table.page_count)
         self._old_slots = old_slots
+        self._landed = landed
+        page_count = self.table.page_count
+        self._cache = SourceCache(slot_count, page_count, is_private=bool(landed))
+        self._places = self._cache.places
+        # Slots are 32-bit numbers: nothing is referred to in RAM of more than 16 TiB.
+        self._refers = not landed or page_count < NO_SLOT
+        if landed and self._refers:
+            first, table = self.table.view(landed)
+            self._places = LastPlaces(table, buckets_per_row=1, first_slot=first)
 
     def classify_zeros(self, run: ZeroRun) -> ClassifiedPages:
         """Classify pages the guest's side already found to be zero."""
@@ -121,35 +128,57 @@ class Classifier:
             rule: What is worth to be kept.
         """
         digests = digest_pages(run.data, self._seed)
-        where = self.table.rows(run.block, run.pages)
-        same = (self.table.exchange(where, digests) == digests).all(axis=1)
+        rows = self.table.rows(run.block, run.pages)
+        now = PagesNow(rows, run.data, digests, self.table.at(rows))
+        same = (now.before == digests).all(axis=1)
         zero = (digests == self._zero).all(axis=1) & ~same
+        # Looked up before anything of this batch counts, as the destination reads its slots.
         found, slots = self._find(digests)
         ref = found & ~same & ~zero
+        self.table.set(rows, digests)
         known = same | zero | ref
-        pages, data = run.pages, run.data
+        pages = run.pages
         elsewhere: tuple[Pages, int, Pages, Pages] = (NO_PAGES, 0, NO_PAGES, NO_PAGES)
         if known.any():
             elsewhere = (pages[zero], int(same.sum()), pages[ref], slots[ref])
-            new = ~known
-            pages, data, digests, where = pages[new], data[new], digests[new], where[new]
-        kept = self._cache.keep(
-            where, data, digests, keep_fresh=rule.fresh, max_words=rule.max_words
-        )
-        delta = kept.is_delta
+            self._follow(run.block, now.select(ref))
+            pages, now = pages[~known], now.select(~known)
+        kept = self._keep(run.block, now, rule)
+        delta, data = kept.is_delta, now.data
         if delta is None:
             nothing = (NO_PAGES, NO_PAGES, _NO_ROWS)
             return ClassifiedPages(run.block, *elsewhere, *nothing, pages, kept.slots, data)
-        differing = (pages[delta], kept.slots[delta], kept.differences)
         rest = ~delta
+        bases = NO_PAGES if self._landed else kept.slots[delta]
+        differing = (pages[delta], bases, kept.differences)
         literals = (pages[rest], kept.slots[rest], data[rest])
         return ClassifiedPages(run.block, *elsewhere, *differing, *literals)
 
-    def _find(self, digests: Digests) -> tuple[NDArray[np.bool_], NDArray[np.uint32]]:
-        """Look pages up in the old copy, where neighbours mostly are neighbours, and the cache."""
-        found, slots = self._cache.index.find(digests)
+    def _find(self, digests: Digests) -> tuple[NDArray[np.bool_], Slots]:
+        """Look pages up in the old copy, where neighbours mostly are neighbours, and the rest."""
+        found, slots = self._places.find(digests)
         if self._old_slots is not None:
             found_old, old_slots = self._old_slots.find(digests)
             found |= found_old
             slots = np.where(found_old, old_slots, slots)
         return found, slots
+
+    def _follow(self, block: int, pages: PagesNow) -> None:
+        """Note pages that the destination copies from elsewhere."""
+        if block in self._landed and len(pages):
+            self._cache.follow(pages)
+            self._note_places(pages)
+
+    def _keep(self, block: int, pages: PagesNow, rule: KeepRule) -> Kept:
+        """Note pages that travel; of landed RAM the destination needs to know no slots."""
+        if not self._landed:
+            return self._cache.keep(pages, rule)
+        if block not in self._landed:
+            return nothing_kept(pages)
+        kept = self._cache.keep(pages, rule)
+        self._note_places(pages)
+        return replace(kept, slots=no_slots(len(pages)))
+
+    def _note_places(self, pages: PagesNow) -> None:
+        if self._refers:
+            self._places.put(pages.rows.astype(np.uint32), pages.digests)

@@ -5,7 +5,7 @@ no cryptographic hash: it proves the link and the page classes against faults, n
 who lies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import xxhash
@@ -79,11 +79,19 @@ class DigestTable:
         """Set the digests of ``pages``; ``digests`` shape (n, 2) or (2,)."""
         self._table[self.rows(block, pages)] = digests
 
-    def exchange(self, rows: NDArray[np.int64], digests: Digests) -> Digests:
-        """Set the digests of rows (``rows()``); returns what they were, shape (n, 2)."""
-        before = self._table[rows]
+    def at(self, rows: NDArray[np.int64]) -> Digests:
+        """Digests of rows (see ``rows``), shape (n, 2), a copy."""
+        return self._table[rows]
+
+    def set(self, rows: NDArray[np.int64], digests: Digests) -> None:
+        """Set the digests of rows (see ``rows``)."""
         self._table[rows] = digests
-        return before
+
+    def view(self, blocks: Collection[int]) -> tuple[int, Digests]:
+        """The rows from the first of some blocks to the last: number of the first, and a view."""
+        first = min(self._first[block] for block in blocks)
+        end = max(self._first[block] + self._counts[block] for block in blocks)
+        return first, self._table[first:end]
 
     def touched_pages(self) -> int:
         """Number of pages that travelled at least once."""

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from migrate.pages.digests import Digests
+from migrate.pages.last_places import LastPlaces
 from migrate.pages.slot_policy import NO_SLOT, PageRows, SlotPolicy, Slots
 from proto.guest_events import PAGE_SIZE
 
@@ -19,35 +20,6 @@ Rows = NDArray[np.uint8]
 """Content of n pages, shape (n, 4096)."""
 
 _BUCKETS_PER_SLOT: Final = 4
-"""The source's index is direct-mapped: with 4 buckets a slot about one page in nine shadows
-another, which costs one missed reference and never correctness."""
-
-
-class SlotIndex:
-    """Which digest is in which slot."""
-
-    def __init__(self, slot_count: int) -> None:
-        self.slot_count = slot_count
-        self._digests = np.zeros((slot_count, 2), np.uint64)
-        bits = max(1, (slot_count * _BUCKETS_PER_SLOT - 1).bit_length())
-        self._shift = np.uint64(64 - bits)
-        self._buckets = np.zeros(1 << bits, np.uint32)
-
-    def find(self, digests: Digests) -> tuple[NDArray[np.bool_], Slots]:
-        """Look digests up; returns which were found, shape (n,), and their slots, shape (n,)."""
-        if self.slot_count == 0:
-            return np.zeros(len(digests), np.bool_), np.zeros(len(digests), np.uint32)
-        slots = self._buckets[digests[:, 0] >> self._shift]
-        return (self._digests[slots] == digests).all(axis=1), slots
-
-    def get(self, slots: Slots) -> Digests:
-        """Digests of what is in the slots, shape (n, 2)."""
-        return self._digests[slots]
-
-    def put(self, slots: Slots, digests: Digests) -> None:
-        """Note what is in the slots now."""
-        self._digests[slots] = digests
-        self._buckets[digests[:, 0] >> self._shift] = slots
 
 
 class SlotStore:
@@ -84,6 +56,46 @@ def no_slots(count: int) -> Slots:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PagesNow:
+    """Pages that the guest's side has handed out, each once.
+
+    Attributes:
+        rows: Their numbers, counted over all blocks, shape (n,).
+        data: Their content.
+        digests: Its digests.
+        before: Digests of what the destination has at these pages so far.
+    """
+
+    rows: PageRows
+    data: Rows
+    digests: Digests
+    before: Digests
+
+    def __len__(self) -> int:
+        """Number of pages."""
+        return len(self.rows)
+
+    def select(self, which: NDArray[np.bool_]) -> "PagesNow":
+        """Some of them, copied."""
+        return PagesNow(
+            self.rows[which], self.data[which], self.digests[which], self.before[which]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRule:
+    """What is worth to be kept, and to be sent as a difference, at the moment.
+
+    Attributes:
+        fresh: Pages that are sent for the first time may take free slots of the cache.
+        max_words: A page of which more 64-bit words differ travels as it is; 0 = all do.
+    """
+
+    fresh: bool = True
+    max_words: int = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Kept:
     """What the source's cache makes of pages whose content is new to the destination.
 
@@ -99,96 +111,104 @@ class Kept:
     differences: Rows
 
 
-class SourceCache:
-    """The source's slots: what the destination has in them, or with landed RAM at these pages."""
+def nothing_kept(pages: PagesNow) -> Kept:
+    """All of them travel as they are, and none has a slot."""
+    return Kept(None, no_slots(len(pages)), pages.data[:0])
 
-    def __init__(self, slot_count: int, page_count: int) -> None:
+
+class SourceCache:
+    """The source's slots: the versions of pages that differences are made to.
+
+    Attributes:
+        places: Where a digest stands in the slots; for references to the destination's cache.
+    """
+
+    def __init__(self, slot_count: int, page_count: int, *, is_private: bool = False) -> None:
         """Create an empty cache.
 
         Args:
             slot_count: Its size; 0 = nothing is kept.
             page_count: Pages of the guest.
+            is_private: The destination has no such slots; a page's base is what it has there.
         """
-        self.index = SlotIndex(slot_count)
+        self._digests = np.zeros((slot_count, 2), np.uint64)
+        buckets = 0 if is_private else _BUCKETS_PER_SLOT
+        self.places = LastPlaces(self._digests, buckets_per_row=buckets)
+        self._is_private = is_private
         self._policy = SlotPolicy(slot_count, page_count)
         self._store = SlotStore(slot_count)
 
-    def keep(
-        self,
-        pages: PageRows,
-        data: Rows,
-        digests: Digests,
-        *,
-        keep_fresh: bool,
-        max_words: int,
-    ) -> Kept:
-        """Take pages that travel: decide which go as a difference, and keep what pays.
-
-        Args:
-            pages: Each once.
-            data: Their content.
-            digests: Its digests.
-            keep_fresh: Pages that were never sent before may take free slots.
-            max_words: So many 64-bit words may differ for a difference to pay; 0 = none pays.
-        """
-        policy = self._policy
-        if policy.slot_count == 0 or not len(pages):
-            return Kept(None, no_slots(len(pages)), data[:0])
-        if policy.are_new(pages):
-            placed = policy.place_new(pages, keep_fresh=keep_fresh)
-            policy.sent(pages)
+    def keep(self, pages: PagesNow, rule: KeepRule) -> Kept:
+        """Take pages that travel: decide which go as a difference, and keep what pays."""
+        policy, rows, data = self._policy, pages.rows, pages.data
+        if policy.slot_count == 0 or not len(rows):
+            return nothing_kept(pages)
+        if policy.are_new(rows):
+            placed = policy.place_new(rows, keep_fresh=rule.fresh)
+            policy.sent(rows)
             if placed is None:
-                return Kept(None, no_slots(len(pages)), data[:0])
-            self._write(placed, data, digests)
+                return nothing_kept(pages)
+            self._write(placed, pages)
             return Kept(None, placed, data[:0])
-        slots = policy.find(pages)
+        slots = policy.find(rows)
         unknown = slots == NO_SLOT
         known = np.flatnonzero(~unknown)
         is_delta, differences = None, data[:0]
-        if len(known) and max_words:
-            is_delta, differences = self._compare(pages, data, slots, known, max_words)
-        elif len(known):
+        bases = known if rule.max_words else known[:0]
+        if self._is_private and len(bases):
+            held = self._digests[slots[known]] == pages.before[known]
+            bases = known[held.all(axis=1)]
+        if len(bases) < len(known):
             policy.refresh(slots[known])
-        if len(known) < len(pages):
-            slots[unknown] = policy.place(pages[unknown], keep_fresh=keep_fresh)
-        policy.sent(pages)
-        self._write(slots, data, digests)
+        if len(bases):
+            is_delta, differences = self._compare(pages, slots, bases, rule.max_words)
+        if len(known) < len(rows):
+            slots[unknown] = policy.place(rows[unknown], keep_fresh=rule.fresh)
+        policy.sent(rows)
+        self._write(slots, pages)
         return Kept(is_delta, slots, differences)
 
+    def follow(self, pages: PagesNow) -> None:
+        """Keep up with pages that reach the destination in another way, if they have slots.
+
+        A base in the page cache stays what it is; one in landed RAM is overwritten.
+        """
+        if not self._is_private or not len(pages):
+            return
+        slots = self._policy.find(pages.rows)
+        if (slots != NO_SLOT).any():
+            self._write(slots, pages)
+
     def _compare(
-        self,
-        pages: PageRows,
-        data: Rows,
-        slots: Slots,
-        known: NDArray[np.intp],
-        max_words: int,
+        self, pages: PagesNow, slots: Slots, chosen: NDArray[np.intp], max_words: int
     ) -> tuple[NDArray[np.bool_] | None, Rows]:
-        """Find out which of the pages at ``known`` travel as a difference to their slots.
+        """Find out which of the pages at ``chosen`` travel as a difference to their slots.
 
         Pages that lose their slots get ``NO_SLOT`` in ``slots``.
         """
-        differences = np.empty((len(known), PAGE_SIZE), np.uint8)
-        self._store.read_into(slots[known], differences)
-        new = data if len(known) == len(data) else data[known]
+        differences = np.empty((len(chosen), PAGE_SIZE), np.uint8)
+        self._store.read_into(slots[chosen], differences)
+        new = pages.data if len(chosen) == len(pages) else pages.data[chosen]
         np.bitwise_xor(differences, new, out=differences)
         pays = np.count_nonzero(differences.view(np.uint64), axis=1) <= max_words
-        misses = known[~pays]
+        misses = chosen[~pays]
         if len(misses):
-            keeps = self._policy.miss(pages[misses], slots[misses])
+            keeps = self._policy.miss(pages.rows[misses], slots[misses])
             slots[misses[~keeps]] = NO_SLOT
-            if len(misses) == len(known):
+            if len(misses) == len(chosen):
                 return None, differences[:0]
             differences = differences[pays]
-        hits = known[pays]
-        self._policy.hit(pages[hits], slots[hits])
+        hits = chosen[pays]
+        self._policy.hit(pages.rows[hits], slots[hits])
         is_delta = np.zeros(len(pages), np.bool_)
         is_delta[hits] = True
         return is_delta, differences
 
-    def _write(self, slots: Slots, data: Rows, digests: Digests) -> None:
-        self._store.write(slots, data)
-        kept = slots != NO_SLOT
-        if kept.all():
-            self.index.put(slots, digests)
-        elif kept.any():
-            self.index.put(slots[kept], digests[kept])
+    def _write(self, slots: Slots, pages: PagesNow) -> None:
+        self._store.write(slots, pages.data)
+        kept, digests = slots != NO_SLOT, pages.digests
+        if not kept.all():
+            slots, digests = slots[kept], digests[kept]
+        self._digests[slots] = digests
+        if not self._is_private:
+            self.places.put(slots, digests)

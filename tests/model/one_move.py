@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from migrate.checkpoint.file import CheckpointReader
 from migrate.guests.simulated_source import BLOCK_NAME, RAM_START, DirtyWalk
 from migrate.pages.apply import PageApplier
-from migrate.pages.classify import KEEP, ClassifiedPages, Classifier, KeepRule
+from migrate.pages.classify import KEEP, ClassifiedPages, Classifier
 from migrate.pages.digest_index import DigestIndex
 from migrate.pages.encode import encode_rows, make_batch
 from migrate.pages.old_copy import OldSlots
+from migrate.pages.page_cache import KeepRule
 from migrate.report.ledger import PAGE_CLASSES, Ledger
 from migrate.simulation.guest import SimulatedGuest, load_guest
 from migrate.simulation.ram import Pages, SimulatedRam
@@ -55,6 +56,7 @@ class MoveParams:
         codec_id: Of page content, a ``CodecId``.
         rule: What is kept, and what travels as a difference.
         old_copy: Whether the destination uses what it kept of the guest when it was there last.
+        lands: Pages are written to memory as they are decoded, and read from there as slots.
     """
 
     digest_seed: int
@@ -62,6 +64,28 @@ class MoveParams:
     codec_id: int
     rule: KeepRule = KEEP
     old_copy: bool = False
+    lands: bool = False
+
+
+class LandedSimulatedRam:
+    """A simulated guest's memory to write to and read from; see ``LandedBlock``."""
+
+    fresh = True
+
+    def __init__(self, ram: SimulatedRam) -> None:
+        self._ram = ram
+
+    def write(self, pages: Pages, data: NDArray[np.uint8]) -> None:
+        """Write whole pages."""
+        self._ram.load_rows(pages, data)
+
+    def zero(self, pages: Pages) -> None:
+        """Zero whole pages."""
+        self._ram.zero(pages)
+
+    def read_into(self, pages: Pages, out: NDArray[np.uint8]) -> None:
+        """Read whole pages."""
+        out[:] = self._ram.rows(pages)
 
 
 class Move:
@@ -94,17 +118,24 @@ class Move:
         self.kept = KeptRam(blocks)
         self._old_copy = old_copy.reader(seed) if old_copy is not None else None
         self._announced = DigestIndex()
+        landed = {0: LandedSimulatedRam(self.ram)} if params.lands else {}
+        first_old = self.ram.page_count if landed else slots
         self._classifier = Classifier(
-            blocks, seed=seed, slot_count=slots, old_slots=OldSlots(self._announced, slots)
+            blocks,
+            seed=seed,
+            slot_count=slots,
+            landed=frozenset(landed),
+            old_slots=OldSlots(self._announced, first_old),
         )
         self.applier = PageApplier(
             blocks,
             seed=seed,
-            slot_count=slots,
+            slot_count=0 if landed else slots,
             allocate=self.ram.lend_rows,
             fresh_blocks=frozenset({0}),
+            landed=landed,
             old_pages=OldPages(self._old_copy) if self._old_copy is not None else None,
-            first_old=slots,
+            first_old=first_old,
         )
         self._near, self._far = End(Role.SOURCE), End(Role.DESTINATION)
         self._under_way: deque[bytes] = deque()
@@ -124,8 +155,16 @@ class Move:
         self._say(m.Hello(bytes(16), seed, slots, {"kind": "simulated"}, vm_id=VM))
         self.deliver()
         old_pages = self._old_copy.page_limit if self._old_copy is not None else 0
-        facts = {"kind": "simulated"}
-        self._answer(m.Welcome(m.CommitKind.HELD.value, slots, facts, old_pages=old_pages))
+        lands = self.params.lands
+        self._answer(
+            m.Welcome(
+                m.CommitKind.HELD.value,
+                0 if lands else slots,
+                {"kind": "simulated"},
+                landed=(BLOCK_NAME,) if lands else (),
+                old_pages=old_pages,
+            )
+        )
         self._announce(old_pages // 2)
         self._ledger.start_round(0, 0)
         self._hashes[0].update(RAM_START)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import trio
@@ -14,7 +13,6 @@ from migrate.errors import LandingError
 from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
 from migrate.outbound import Outbound
-from migrate.pages.apply import AppliedBatch, PageApplier
 from migrate.pages.page_cache import SlotStore
 from migrate.qemu import virtio_queries
 from migrate.qemu.landing import QemuRam
@@ -106,13 +104,14 @@ def lose_delta() -> None:
 
 
 def use_wrong_base() -> None:
-    """Differences are applied to the content of the slot beside the one that was meant."""
-    apply = PageApplier.apply
+    """Each difference is applied to the base of the one before it in the batch."""
+    apply_differences = migrate.pages.apply.apply_differences
 
-    def wrong(self: PageApplier, batch: PageBatch) -> AppliedBatch:
-        return apply(self, replace(batch, delta_bases=batch.delta_bases ^ np.uint32(1)))
+    def wrong(batch: PageBatch, rows: NDArray[np.uint8]) -> None:
+        rows[:] = np.roll(rows, 1, axis=0)
+        apply_differences(batch, rows)
 
-    PageApplier.apply = wrong  # type: ignore[method-assign]
+    migrate.pages.apply.apply_differences = wrong
 
 
 def lose_frame() -> None:

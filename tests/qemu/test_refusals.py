@@ -24,7 +24,9 @@ FAULTY = Path(__file__).with_name("faulty.py")
         ("flip_while_landing", "migrate-dst", [], r"page \d+ of block pc.ram"),
         ("read_wrong_slot", "migrate-dst", ["--landing", "never"], r"page \d+ of block \S+"),
         ("lose_delta", "migrate-dst", ["--landing", "never"], r"page \d+ of block pc.ram"),
+        ("lose_delta", "migrate-dst", [], r"page \d+ of block pc.ram"),
         ("use_wrong_base", "migrate-dst", ["--landing", "never"], r"page \d+ of block pc.ram"),
+        ("use_wrong_base", "migrate-dst", [], r"page \d+ of block pc.ram"),
         ("drop_batch", "migrate-dst", [], r"page \d+ of block pc.ram"),
         (
             "flip_device_state",

@@ -13,8 +13,8 @@ from migrate.pages.slot_policy import NO_SLOT
 from proto.codecs import CodecId, make_codec
 from proto.errors import CodecError
 from proto.guest_events import PAGE_SIZE, RamBlock
-from proto.link.page_lists import Pages
 from proto.link.pages import PageBatch
+from tests.landed_block import MemoryBlock
 from tests.strategies import page_array
 
 BLOCKS = (
@@ -45,27 +45,6 @@ def literals(block: int, pages: Sequence[int], numbers: Sequence[int]) -> PageBa
         literal_slots=page_array([NO_SLOT] * len(pages)),
         encoded=rows(numbers).tobytes(),
     )
-
-
-class MemoryBlock:
-    """Landed RAM without a QEMU."""
-
-    def __init__(self, page_count: int, *, fresh: bool) -> None:
-        self.fresh = fresh
-        self.data = np.zeros((page_count, PAGE_SIZE), np.uint8)
-        self.zeroed: list[int] = []
-
-    def write(self, pages: Pages, data: NDArray[np.uint8]) -> None:
-        assert (np.diff(pages.astype(int)) > 0).all()
-        self.data[pages] = data
-
-    def zero(self, pages: Pages) -> None:
-        self.zeroed += pages.tolist()
-        self.data[pages] = 0
-
-    def read_into(self, pages: Pages, out: NDArray[np.uint8]) -> None:
-        assert (np.diff(pages.astype(int)) > 0).all()
-        out[:] = self.data[pages]
 
 
 def applier(landed: dict[int, MemoryBlock] | None = None, slot_count: int = 0) -> PageApplier:

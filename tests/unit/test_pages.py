@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from migrate.pages.apply import AppliedBatch, PageApplier
-from migrate.pages.classify import KEEP, ClassifiedPages, Classifier, KeepRule
+from migrate.pages.classify import KEEP, ClassifiedPages, Classifier
 from migrate.pages.digests import DigestTable, digest_pages, zero_digest
 from migrate.pages.encode import encode_rows, make_batch
+from migrate.pages.page_cache import KeepRule
 from migrate.pages.slot_policy import NO_SLOT
 from proto.codecs import CodecId, make_codec
 from proto.errors import CodecError
@@ -31,6 +32,7 @@ from proto.link.pages import (
     encode_pages,
 )
 from proto.qemu.ram import page_buffer
+from tests.landed_block import MemoryBlock
 from tests.strategies import page_array
 
 BLOCKS = (RamBlock("pc.ram", 24 * PAGE_SIZE), RamBlock("pc.bios", 5 * PAGE_SIZE))
@@ -64,18 +66,27 @@ class Migration:
     fresh: frozenset[int] = frozenset()
     codec_id: int = CodecId.LZ4
     rule: KeepRule = KEEP
+    landed: frozenset[int] = frozenset()
     source: dict[tuple[int, int], int] = field(default_factory=dict)
     destination: dict[tuple[int, int], bytes] = field(default_factory=dict)
     classes: list[ClassifiedPages] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.classifier = Classifier(BLOCKS, seed=SEED, slot_count=self.cache_slots)
+        self.classifier = Classifier(
+            BLOCKS, seed=SEED, slot_count=self.cache_slots, landed=self.landed
+        )
+        self.slots = SlotSpace(0 if self.landed else self.cache_slots, self.landed)
+        self.ram = {
+            block: MemoryBlock(BLOCKS[block].page_count, fresh=block in self.fresh)
+            for block in self.landed
+        }
         self.applier = PageApplier(
             BLOCKS,
             seed=SEED,
-            slot_count=self.cache_slots,
+            slot_count=self.slots.cache_slots,
             allocate=page_buffer if self.in_place else plain_pages,
             fresh_blocks=self.fresh,
+            landed=self.ram,
         )
 
     def send(self, block: int, writes: Writes) -> None:
@@ -104,9 +115,7 @@ class Migration:
         assert sum(account.values()) == FRAME_HEADER_BYTES + len(header) + len(payload)
         assert batch.page_count == pages.page_count
         shape = RamShape.of(BLOCKS)
-        return decode_pages(
-            "batch", header, memoryview(payload), shape, SlotSpace(self.cache_slots)
-        )
+        return decode_pages("batch", header, memoryview(payload), shape, self.slots)
 
     def load(self, applied: AppliedBatch) -> None:
         if applied.zeros is not None:
@@ -118,6 +127,16 @@ class Migration:
                 self.destination[run.block, page] = row.tobytes()
 
     def check(self) -> None:
+        for block, ram in self.ram.items():
+            touched = {page for of, page in self.source if of == block}
+            for page in range(len(ram.data)):
+                assert page in touched or not ram.data[page].any()
+                self.destination[block, page] = ram.data[page].tobytes()
+            self.destination = {
+                key: row
+                for key, row in self.destination.items()
+                if key[0] != block or key[1] in touched
+            }
         for key, number in self.source.items():
             unwritten = content(0) if key[0] in self.fresh else None
             assert self.destination.get(key, unwritten) == content(number)
@@ -145,6 +164,9 @@ events = st.integers(0, 1).flatmap(
         fresh=st.sampled_from([frozenset(), frozenset({0})]),
         codec_id=st.sampled_from(CodecId),
         rule=st.builds(KeepRule, st.booleans(), st.sampled_from([0, 12, 512])),
+        landed=st.sampled_from(
+            [frozenset(), frozenset({0}), frozenset({1}), frozenset({0, 1})]
+        ),
     ),
 )
 def test_after_every_batch_both_sides_hold_the_same(
@@ -229,6 +251,48 @@ def test_nothing_new_is_kept_where_that_does_not_pay() -> None:
     assert migration.classes[-1].literal_slots.tolist() == [0]
     migration.send(0, {0: 10})
     assert migration.classes[-1].delta_pages.tolist() == [0]
+
+
+def test_landed_ram_needs_no_slots_at_the_destination() -> None:
+    migration = Migration(cache_slots=2, landed=frozenset({0}), fresh=frozenset({0}))
+    migration.send(0, {3: 8, 4: 20, 5: 24, 6: 0})
+    migration.send(0, {3: 9, 4: 21, 5: 25, 7: 20, 8: 24})
+    last = migration.classes[-1]
+    assert (last.delta_pages.tolist(), last.delta_bases.tolist()) == ([3, 4], [])
+    assert (last.ref_pages.tolist(), last.ref_slots.tolist()) == ([7, 8], [4, 5])
+    assert last.literal_pages.tolist() == [5], "of which there is no old version here"
+    assert last.literal_slots.tolist() == [NO_SLOT]
+
+
+def test_the_base_in_landed_ram_is_what_the_page_was_last() -> None:
+    migration = Migration(cache_slots=4, landed=frozenset({0}))
+    migration.send(0, {0: 40, 3: 8})
+    migration.send_zeros(0, {3})
+    migration.send(0, {3: 9})
+    assert migration.classes[-1].literal_pages.tolist() == [3], "its old version is gone there"
+    migration.send(0, {3: 40})
+    assert migration.classes[-1].ref_pages.tolist() == [3]
+    migration.send(0, {3: 41})
+    assert migration.classes[-1].delta_pages.tolist() == [3], "a reference was followed here"
+
+
+def test_pages_that_do_not_land_may_refer_to_those_that_do() -> None:
+    migration = Migration(cache_slots=4, landed=frozenset({0}))
+    migration.send(0, {2: 8})
+    migration.send(1, {0: 8, 1: 12})
+    assert migration.classes[-1].ref_slots.tolist() == [2]
+    migration.send(1, {1: 13, 2: 12})
+    assert migration.classes[-1].literal_pages.tolist() == [1, 2]
+    migration.send(0, {3: 12, 4: 13})
+    assert migration.classes[-1].literal_pages.tolist() == [3, 4], "and not the other way round"
+
+
+def test_no_reference_reads_what_its_own_batch_writes() -> None:
+    migration = Migration(cache_slots=0, landed=frozenset({0}))
+    migration.send(0, {5: 8})
+    migration.send(0, {5: 12})
+    migration.send(0, {5: 8, 6: 12, 7: 8})
+    assert migration.classes[-1].ref_pages.tolist() == [6]
 
 
 def test_no_differences_where_there_is_no_codec_for_them() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from migrate.pages.page_cache import SlotIndex
+from migrate.pages.last_places import LastPlaces
 from migrate.pages.slot_policy import LOOK_AHEAD, MAX_MISSES, NO_SLOT, PATIENCE, SlotPolicy
 
 PAGES: Final = 40
@@ -231,16 +231,26 @@ def test_a_page_whose_differences_did_not_pay_gets_another_chance() -> None:
     assert tried.sum() < 0.06 * PAGES * 20 * 4096 // PAGES
 
 
-def test_the_index_finds_most_of_what_it_holds() -> None:
-    # It is direct-mapped; about one page in nine shadows another.
-    index = SlotIndex(4096)
-    digests = RANDOM.integers(1, 1 << 64, (4096, 2), np.uint64, endpoint=False)
-    slots = np.arange(4096, dtype=np.uint32)
-    index.put(slots, digests)
-    found, where = index.find(digests)
-    assert found.mean() > 0.85
+@pytest.mark.parametrize(("buckets_per_row", "share"), [(1, 0.6), (4, 0.85)])
+def test_most_places_are_found_and_all_that_are_found_are_true(
+    buckets_per_row: int, share: float
+) -> None:
+    table = RANDOM.integers(1, 1 << 64, (4096, 2), np.uint64, endpoint=False)
+    slots = np.arange(100, 100 + len(table), dtype=np.uint32)
+    places = LastPlaces(table, buckets_per_row=buckets_per_row, first_slot=100)
+    digests = table.copy()
+    places.put(slots, digests)
+    found, where = places.find(digests)
+    assert found.mean() > share
     assert np.array_equal(where[found], slots[found])
-    index.put(slots[:10], digests[10:20])
-    found, where = index.find(digests)
+    table[:10] = table[10:20]
+    places.put(slots[:10], table[:10])
+    found, where = places.find(digests)
     assert not found[:10].any()
-    assert np.array_equal(index.get(where[found]), digests[found])
+    assert np.array_equal(table[where[found] - 100], digests[found])
+
+
+def test_nothing_is_found_in_an_empty_table() -> None:
+    places = LastPlaces(np.zeros((0, 2), np.uint64), buckets_per_row=4)
+    found, slots = places.find(RANDOM.integers(0, 9, (3, 2)).astype(np.uint64))
+    assert (found.tolist(), len(slots)) == ([False] * 3, 3)
