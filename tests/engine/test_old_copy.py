@@ -347,7 +347,7 @@ def test_failed_migration_keeps_nothing_and_changes_nothing(
 ) -> None:
     before = hosts.path.read_bytes()
 
-    async def refuse(*_: object) -> None:
+    def refuse(*_: object) -> None:
         raise PeerProtocolError("no")
 
     with monkeypatch.context() as patch:
