@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from migrate.cli.options import installed_version
 from migrate.errors import ParamsError
-from migrate.lab import compare_command, inspect, round_trip
+from migrate.lab import compare_command, inspect, round_trip, tls_init
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -56,6 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     round_trip.add_arguments(trip)
     trip.set_defaults(run=round_trip.run)
+    tls = commands.add_parser(
+        "tls-init",
+        help=tls_init.SUMMARY,
+        description=tls_init.DESCRIPTION,
+        epilog=tls_init.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    tls_init.add_arguments(tls)
+    tls.set_defaults(run=tls_init.run)
     return parser
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--again", type=int, default=50, metavar="N", help="of these, in another process")
     add("--repeats", type=int, default=5, metavar="N", help="runs over loopback")
     add("--loopback-profile", default="incompressible", metavar="NAME", help="its guest")
+    add("--links", default="plain", help="of plain, tls; in turns over loopback")
     add("--markdown", action="store_true", help="print the tables in Markdown")
     add("--print-digests", default="", metavar="SEEDS", help=argparse.SUPPRESS)
     return parser
@@ -196,8 +197,12 @@ class LoopbackFigures:
         return self.page_bytes / self.total_ms / 1e3
 
 
-def measure_loopback(profile: str) -> LoopbackFigures:
+def measure_loopback(profile: str, *, tls: bool = False) -> LoopbackFigures:
     """Migrate once.
+
+    Args:
+        profile: The guest.
+        tls: Over a link with TLS.
 
     Raises:
         ParamsError: A command failed.
@@ -207,6 +212,10 @@ def measure_loopback(profile: str) -> LoopbackFigures:
         to = f"127.0.0.1:{_free_port()}"
         dst = ["--listen", to, "--simulate", "--run-for", "0ms", "--run-dir", name]
         src = ["--to", to, "--simulate", profile, "--compress", "none"]
+        if tls:
+            secured = ["--tls-dir", str(_certificates(workdir))]
+            dst += secured
+            src += secured
         cpu_before_s = _children_cpu_s()
         with _command("migrate-dst", dst, workdir) as receiver:
             _wait_listening(receiver, to)
@@ -222,6 +231,24 @@ def measure_loopback(profile: str) -> LoopbackFigures:
         report["downtime_ms"],
         cpu_s,
     )
+
+
+def measure_links(options: argparse.Namespace) -> dict[str, list[LoopbackFigures]]:
+    """Migrate over each kind of link in turns, so that the machine's moods meet all of them."""
+    links, profile = options.links.split(","), options.loopback_profile
+    measured: dict[str, list[LoopbackFigures]] = {f"{profile}, {link}": [] for link in links}
+    for _ in range(options.repeats):
+        for link in links:
+            figures = measure_loopback(profile, tls=link == "tls")
+            measured[f"{profile}, {link}"].append(figures)
+    return measured
+
+
+def _certificates(workdir: Path) -> Path:
+    from migrate.lab.host_certificates import initialise  # noqa: PLC0415 - needs an extra
+
+    (folder,) = initialise(workdir / "pki", [["127.0.0.1"]], days=1)
+    return folder
 
 
 def _free_port() -> int:
@@ -280,10 +307,10 @@ def _children_cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def loopback_table(profile: str, runs: Sequence[LoopbackFigures]) -> Table:
-    """One row."""
+def loopback_table(measured: Mapping[str, Sequence[LoopbackFigures]]) -> Table:
+    """One row for each kind of run."""
     headers = (
-        "profile",
+        "profile, link",
         "runs",
         "MB/s",
         "MB/s with set-up",
@@ -292,15 +319,20 @@ def loopback_table(profile: str, runs: Sequence[LoopbackFigures]) -> Table:
         "downtime ms",
         "CPU s, both commands",
     )
-    cells = (
-        _cell([run.mb_per_s for run in runs], 0),
-        _cell([run.mb_per_s_with_setup for run in runs], 0),
-        _cell([run.total_ms for run in runs], 0),
-        _cell([run.setup_ms for run in runs], 0),
-        _cell([run.downtime_ms for run in runs], 0),
-        _cell([run.cpu_s for run in runs], 2),
-    )
-    return Table(headers, ((profile, str(len(runs)), *cells),), left=1)
+    rows = [
+        (
+            name,
+            str(len(runs)),
+            _cell([run.mb_per_s for run in runs], 0),
+            _cell([run.mb_per_s_with_setup for run in runs], 0),
+            _cell([run.total_ms for run in runs], 0),
+            _cell([run.setup_ms for run in runs], 0),
+            _cell([run.downtime_ms for run in runs], 0),
+            _cell([run.cpu_s for run in runs], 2),
+        )
+        for name, runs in measured.items()
+    ]
+    return Table(headers, tuple(rows), left=1)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -341,9 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables, equal = [], True
     try:
         if "loopback" in clocks:
-            name = options.loopback_profile
-            measured = [measure_loopback(name) for _ in range(options.repeats)]
-            tables.append(loopback_table(name, measured))
+            tables.append(loopback_table(measure_links(options)))
         if "virtual" in clocks:
             rows = {
                 name: measure_virtual(name, options.runs, options.again)

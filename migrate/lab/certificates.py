@@ -4,8 +4,10 @@ The only module that needs the ``cryptography`` library, which is an extra of th
 that only migrate guests do without it.
 """
 
+import contextlib
 import datetime
 import ipaddress
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from proto.link.state import Role
 
 CLOCK_SKEW: Final = datetime.timedelta(hours=1)
 """Certificates begin so much earlier than now: another host's clock may be behind."""
+
+_LABEL: Final = r"[0-9A-Za-z_](?:[0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?"
+_DNS_NAME: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 
 _PURPOSES: Final = {
     Role.SOURCE: ExtendedKeyUsageOID.CLIENT_AUTH,
@@ -150,15 +155,10 @@ def general_name(host: str) -> x509.GeneralName:
     Raises:
         ParamsError: It is neither an address nor a DNS name in ASCII.
     """
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        pass
-    labels = host.removesuffix(".").split(".")
-    if all(
-        0 < len(label) < 64 and label.isascii() and label.replace("-", "").isalnum()
-        for label in labels
-    ):
+    if "%" not in host:
+        with contextlib.suppress(ValueError):
+            return x509.IPAddress(ipaddress.ip_address(host))
+    if len(host) <= 253 and _DNS_NAME.fullmatch(host):
         return x509.DNSName(host)
     raise ParamsError(f"expected a host name or an address, got {host!r}")
 
