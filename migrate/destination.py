@@ -28,6 +28,7 @@ from migrate.hello import Agreement, answer_hello, reported_commit
 from migrate.inbound import Inbound
 from migrate.params import DestinationParams
 from migrate.reception import Reception
+from migrate.recovery.advice import advise, destination_advice
 from migrate.recovery.record import begin_record
 from migrate.report.report import Report
 from migrate.ring_guard import settle_verdict
@@ -111,6 +112,8 @@ class DestinationRun:
             error.guest_on = self._guest_on(error)
             if self._source_may_be_gone(error):
                 error.guest_on = GuestOn.UNKNOWN
+            else:
+                self._advise(error)
         report = destination_report(
             self._session, self._link, self._inbound, self._handover, error
         )
@@ -128,6 +131,14 @@ class DestinationRun:
         agreement = self._agreement
         if qmp is not None and agreement is not None and agreement.restore_balloon_bytes:
             await give_back(qmp, agreement.restore_balloon_bytes, self._session)
+
+    def _advise(self, error: MigrationError) -> None:
+        """Say what to type about a guest that runs nowhere, or nobody knows where."""
+        agreement, number = self._agreement, None
+        if agreement is not None and agreement.kind is not CommitKind.RELAYED:
+            number = None if self._opener.simulated else agreement.migration_id
+        advice = destination_advice(self._state_file, number, self._params.security)
+        self._session.builder.report.recovery = advise(error, advice)
 
     def _source_may_be_gone(self, error: MigrationError) -> bool:
         """A simulated guest ends with its migrate-src, and of that nothing is heard any more.

@@ -1,40 +1,20 @@
-"""Where connections come in at migrate-dst, and who of them is the source.
+"""Who of those that come to migrate-dst is the source: the first that says HELLO."""
 
-The first that passes the guard and says HELLO is the source. Strangers cost a bounded amount of
-memory, time and lines on the screen, and cannot keep the source out by coming first.
-"""
-
-import errno
-from collections import Counter
 from typing import Final
 
 import trio
 
-from migrate.errors import MigrationError, PeerLostError, PeerProtocolError
-from migrate.params import DestinationParams, LinkAddress
+from migrate.door import Door
+from migrate.errors import PeerLostError, PeerProtocolError
+from migrate.params import DestinationParams
 from migrate.session import Session
-from migrate.transport.channels import LinkListener, LinkSocket
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
 from proto.link import messages
 from proto.link.messages import Hello
-from proto.link.session import LinkSession
-from proto.link.state import Role
 from proto.packing import clip_text
 
-MAX_STRANGERS: Final = 16
-"""Connections that may be introducing themselves at a time."""
-
 FAREWELL_S: Final = 3.0
-
-MOST_LINES: Final = 16
-"""Strangers that are each told of; later ones whenever their number has doubled."""
-
-NO_ROOM_S: Final = 0.1
-"""Until the next connection is tried to be accepted, when the host had no room for one."""
-
-_NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}
-"""Reasons not to accept a connection that pass; no migration under way may end for them."""
 
 
 class Reception:
@@ -45,11 +25,15 @@ class Reception:
     """
 
     def __init__(self, params: DestinationParams, session: Session, guard: Guard) -> None:
-        self._params = params
-        self._session = session
-        self._guard = guard
-        self._strangers: dict[trio.CancelScope, str] = {}
-        self._turned_away = 0
+        self._door = Door(
+            session,
+            guard,
+            listen=params.listen,
+            hello_timeout_s=params.hello_timeout_s,
+            awaited="migrate-src",
+            introduced=self._introduced,
+        )
+        self._source: trio.MemorySendChannel[tuple[Link, Hello]] | None = None
         self.waiting = True
 
     async def run(self, source: trio.MemorySendChannel[tuple[Link, Hello]]) -> None:
@@ -58,100 +42,33 @@ class Reception:
         Raises:
             ConnectError: The address cannot be listened on.
         """
-        session = self._session
-        listener = await session.runtime.listen(self._params.listen, "migrate-src")
-        try:
-            session.enter("waiting for migrate-src")
-            host, port = listener.getsockname()[:2]
-            session.say(f"listening on {LinkAddress(host, port)} for migrate-src")
-            if warning := self._guard.exposure(host):
-                session.warn(warning)
-            async with trio.open_nursery() as nursery:
-                while True:
-                    sock, host = await _accept(listener)
-                    scope = trio.CancelScope()
-                    self._make_room()
-                    self._strangers[scope] = host
-                    nursery.start_soon(self._meet, sock, host, scope, source)
-        finally:
-            listener.close()
+        self._source = source
+        await self._door.run()
 
-    def _make_room(self) -> None:
-        """Send a stranger away if there are too many: the oldest of the host that has most."""
-        if len(self._strangers) < MAX_STRANGERS:
-            return
-        ((busiest, _),) = Counter(self._strangers.values()).most_common(1)
-        oldest = next(scope for scope, host in self._strangers.items() if host == busiest)
-        del self._strangers[oldest]
-        oldest.cancel()
-
-    async def _meet(
-        self,
-        sock: LinkSocket,
-        host: str,
-        scope: trio.CancelScope,
-        source: trio.MemorySendChannel[tuple[Link, Hello]],
-    ) -> None:
-        """Let a connection introduce itself; nothing that it does or meets may end the run."""
-        used: LinkSocket | Link = sock
-        adopted = False
-        try:
-            with scope, trio.move_on_after(self._params.hello_timeout_s) as patience:
-                admitted = await self._guard.admit(sock, f"migrate-src at {host}")
-                link = used = Link(
-                    admitted, LinkSession(Role.DESTINATION), f"migrate-src at {host}"
-                )
-                adopted = await self._introduced(link, host, source)
-            if scope.cancelled_caught:
-                self._say_turned_away(host, "too many others came after it")
-            elif patience.cancelled_caught:
-                self._say_turned_away(host, "it did not introduce itself in time")
-        except MigrationError as error:
-            self._say_turned_away(host, str(error))
-        finally:
-            self._strangers.pop(scope, None)
-            if not adopted:
-                used.close()
-
-    async def _introduced(
-        self, link: Link, host: str, source: trio.MemorySendChannel[tuple[Link, Hello]]
-    ) -> bool:
+    async def _introduced(self, link: Link, host: str) -> bool:
         """Whether this was the source; its link is the migration's from then on."""
         try:
             hello = await link.receive()
         except (PeerLostError, PeerProtocolError) as error:
-            self._say_turned_away(host, str(error))
+            self._door.turned_away(host, str(error))
             refused = messages.Refused("protocol", clip_text(str(error)))
         else:
-            if not isinstance(hello, Hello):
-                return False
-            if self.waiting:
+            if isinstance(hello, Hello) and self.waiting:
+                assert self._source is not None, "run() comes first"
                 self.waiting = False
-                source.send_nowait((link, hello))
+                self._source.send_nowait((link, hello))
                 return True
-            refused = messages.Refused(
-                "busy", "this migrate-dst takes in another guest already"
-            )
+            refused = messages.Refused(*_BUSY[isinstance(hello, messages.Recover)])
         with trio.move_on_after(FAREWELL_S):
             await link.farewell(refused)
         return False
 
-    def _say_turned_away(self, host: str, why: str) -> None:
-        """Tell of a stranger; a flood of them must not fill a screen or a log."""
-        self._turned_away += 1
-        count = self._turned_away
-        if count <= MOST_LINES or count & (count - 1) == 0:
-            so_far = f" ({count} so far)" if count > MOST_LINES else ""
-            self._session.say(f"turned away a connection from {host}: {why}{so_far}")
 
-
-async def _accept(listener: LinkListener) -> tuple[LinkSocket, str]:
-    """Wait for a connection, and for room for it; returns it and the host that it comes from."""
-    while True:
-        try:
-            sock, peer = await listener.accept()
-            return sock, str(peer[0])
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-        await trio.sleep(NO_ROOM_S)
+_BUSY: Final = {
+    False: ("busy", "this migrate-dst takes in another guest already"),
+    True: (
+        "busy",
+        "this migrate-dst takes in a guest and recovers none; ask when it has ended",
+    ),
+}
+"""What is said to others, by whether they only ask."""

@@ -40,6 +40,7 @@ from migrate.hold import CommitHold
 from migrate.outbound import Outbound
 from migrate.params import SourceParams, default_run_dir
 from migrate.probe import MigrationPhases, Probe, open_probe
+from migrate.recovery.advice import advise, source_advice
 from migrate.recovery.record import begin_record
 from migrate.report.progress import ProgressState
 from migrate.report.report import Report
@@ -126,6 +127,7 @@ class SourceRun:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
             error = most_telling(raised)
+            self._advise(error)
         report = source_report(
             session,
             self._link,
@@ -138,6 +140,12 @@ class SourceRun:
         if error is not None:
             report.guest_state = self._run_state
         return report, error
+
+    def _advise(self, error: MigrationError) -> None:
+        """Say what to type about a guest that runs nowhere, or nobody knows where."""
+        if self._handover is not None:
+            advice = source_advice(self._handover.state_file, self._params.security)
+            self._session.builder.report.recovery = advise(error, advice)
 
     @asynccontextmanager
     async def _open_guest(self, run_dir: Path) -> AsyncIterator[SourceGuest]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from migrate.cli.options import installed_version
+from migrate.cli.parsing import installed_version
 from migrate.errors import ParamsError
 from migrate.lab import compare_command, inspect, round_trip, tls_init
 

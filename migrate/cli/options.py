@@ -7,31 +7,35 @@ reported (one line on stderr, exit status 2). What a value may be is decided in 
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from migrate.checkpoint.params import DEFAULT_MAX_BYTES, CheckpointParams, parse_vm_id
+from migrate.cli.parsing import (
+    add_output,
+    add_security,
+    add_state_dir,
+    checked,
+    link_security,
+    make_parser,
+    output_params,
+    parse_ms,
+    parse_seconds,
+)
 from migrate.errors import ParamsError
-from migrate.link_security import LinkSecurity
 from migrate.params import (
     Compress,
     DestinationParams,
     LinkAddress,
-    OutputParams,
     ProbeTarget,
     SourceParams,
     default_run_dir,
-    default_state_dir,
     parse_socket_address,
 )
 from migrate.simulation.guest import SimulatedGuest
 from migrate.simulation.profile import Profile, load_profile, shipped_names
 from migrate.units import (
-    NS_PER_MS,
-    NS_PER_S,
-    parse_duration_ns,
     parse_rate,
     parse_size,
     size_text,
@@ -40,43 +44,28 @@ from migrate.units import (
 T = TypeVar("T")
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """A parser that answers a mistake with one line instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(ParamsError.exit_code, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Adds "(default: …)" to every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default not in (None, False, argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if shown else action.help
-
-
 def source_parser() -> argparse.ArgumentParser:
     """Build the parser of ``migrate-src``; ``parse_source`` is what commands use."""
-    parser = _parser(
+    parser = make_parser(
         "migrate-src",
         "Migrate a running QEMU guest, or a simulated one, to where migrate-dst waits.",
         "Sizes are written 512MiB, rates 200Mbit, times 300ms or 5s. The exit status is 0 only "
         "when the guest is on the destination in the state it had.",
     )
     parser.add_argument(
-        "--to", required=True, metavar="HOST:PORT", type=_checked(LinkAddress.parse),
+        "--to", required=True, metavar="HOST:PORT", type=checked(LinkAddress.parse),
         help="where migrate-dst listens",
     )  # fmt: skip
     _add_source_ways(parser)
     _add_source_limits(parser)
-    _add_security(parser).add_argument(
+    add_security(parser).add_argument(
         "--tls-hostname", metavar="NAME",
         help="the destination's name in its certificate, if not the one in --to",
     )  # fmt: skip
     _add_handover(parser)
     _add_probe(parser)
     _add_checkpoint(parser, "keep the guest's memory in DIR when it leaves")
-    _add_output(parser)
+    add_output(parser)
     return parser
 
 
@@ -89,19 +78,19 @@ def _add_source_ways(parser: argparse.ArgumentParser) -> None:
         help="QMP socket of the running QEMU, which migrate-src then drives",
     )  # fmt: skip
     group.add_argument(
-        "--gateway", metavar="ADDRESS", type=_checked(parse_socket_address),
+        "--gateway", metavar="ADDRESS", type=checked(parse_socket_address),
         help="listen on tcp:HOST:PORT or unix:PATH; whoever owns QEMU says 'migrate' to it",
     )  # fmt: skip
     group.add_argument(
-        "--simulate", metavar="PROFILE", type=_checked(_parse_profile),
+        "--simulate", metavar="PROFILE", type=checked(_parse_profile),
         help="simulate a guest instead: a TOML file, or one of " + ", ".join(shipped_names()),
     )  # fmt: skip
     group.add_argument(
-        "--gateway-owner", metavar="UID:GID", type=_checked(_parse_owner),
+        "--gateway-owner", metavar="UID:GID", type=checked(_parse_owner),
         help="owner of the unix gateway socket, as numbers",
     )  # fmt: skip
     group.add_argument(
-        "--gateway-mode", metavar="MODE", type=_checked(_parse_mode), default="600",
+        "--gateway-mode", metavar="MODE", type=checked(_parse_mode), default="600",
         help="permission bits of the unix gateway socket, octal",
     )  # fmt: skip
 
@@ -109,11 +98,11 @@ def _add_source_ways(parser: argparse.ArgumentParser) -> None:
 def _add_source_limits(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("limits")
     group.add_argument(
-        "--downtime-limit", metavar="TIME", type=_checked(_parse_ms), default="300ms",
+        "--downtime-limit", metavar="TIME", type=checked(parse_ms), default="300ms",
         help="how long the guest may stand still",
     )  # fmt: skip
     group.add_argument(
-        "--max-bandwidth", metavar="RATE", type=_checked(parse_rate),
+        "--max-bandwidth", metavar="RATE", type=checked(parse_rate),
         help="most the link may carry, e.g. 200Mbit or 25MB per second (default: no limit)",
     )  # fmt: skip
     group.add_argument(
@@ -121,20 +110,20 @@ def _add_source_limits(parser: argparse.ArgumentParser) -> None:
         help="connections to the destination; this version takes only 1",
     )  # fmt: skip
     group.add_argument(
-        "--compress", metavar="CODEC", type=_checked(Compress.parse), default="auto",
+        "--compress", metavar="CODEC", type=checked(Compress.parse), default="auto",
         help="auto, none, lz4 or zstd[:LEVEL]; auto follows link and processor",
     )  # fmt: skip
     group.add_argument(
-        "--cache", metavar="SIZE", type=_checked(parse_size), default="64MiB",
+        "--cache", metavar="SIZE", type=checked(parse_size), default="64MiB",
         help="RAM for the page cache on each side, 0 for none",
     )  # fmt: skip
     group.add_argument(
-        "--balloon", metavar="SIZE", type=_checked(parse_size),
+        "--balloon", metavar="SIZE", type=checked(parse_size),
         help="have the guest's balloon driver give all memory back but SIZE for the migration "
         "(--qmp only)",
     )  # fmt: skip
     group.add_argument(
-        "--connect-timeout", metavar="TIME", type=_checked(_parse_s), default="30s",
+        "--connect-timeout", metavar="TIME", type=checked(parse_seconds), default="30s",
         help="how long to try to reach migrate-dst",
     )  # fmt: skip
 
@@ -154,18 +143,18 @@ def _add_handover(parser: argparse.ArgumentParser) -> None:
         help="what becomes of the source QEMU after a success",
     )  # fmt: skip
     _add_rings(group)
-    _add_state_dir(group)
+    add_state_dir(group)
 
 
 def _add_probe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what a client of the guest notices")
     group.add_argument(
-        "--probe", metavar="ADDRESS", type=_checked(ProbeTarget.parse),
+        "--probe", metavar="ADDRESS", type=checked(ProbeTarget.parse),
         help="udp:HOST:PORT[,rate=N] of an echo service in the guest: ask it N times a second "
         "(200), report answers, latencies and the gap",
     )  # fmt: skip
     group.add_argument(
-        "--probe-before", metavar="TIME", type=_checked(_parse_s), default="1s",
+        "--probe-before", metavar="TIME", type=checked(parse_seconds), default="1s",
         help="how long to ask it before the migration begins",
     )  # fmt: skip
 
@@ -177,14 +166,14 @@ def _add_destination_guest(parser: argparse.ArgumentParser) -> None:
         help="QMP socket of a QEMU that was started with -incoming defer",
     )  # fmt: skip
     group.add_argument(
-        "--incoming", metavar="ADDRESS", type=_checked(parse_socket_address),
+        "--incoming", metavar="ADDRESS", type=checked(parse_socket_address),
         help="tcp:HOST:PORT or unix:PATH where a QEMU already waits with -incoming",
     )  # fmt: skip
     group.add_argument(
         "--simulate", action="store_true", help="take in a simulated guest, without a QEMU"
     )
     group.add_argument(
-        "--run-for", metavar="TIME", type=_checked(_parse_s), default="1s",
+        "--run-for", metavar="TIME", type=checked(parse_seconds), default="1s",
         help="how long a simulated guest lives here after the handover",
     )  # fmt: skip
     group.add_argument(
@@ -195,7 +184,7 @@ def _add_destination_guest(parser: argparse.ArgumentParser) -> None:
 
 def destination_parser() -> argparse.ArgumentParser:
     """Build the parser of ``migrate-dst``; ``parse_destination`` is what commands use."""
-    parser = _parser(
+    parser = make_parser(
         "migrate-dst",
         "Wait for migrate-src and load the guest it sends into a QEMU on this host, or "
         "simulate it here.",
@@ -205,33 +194,33 @@ def destination_parser() -> argparse.ArgumentParser:
         "(-- QEMU COMMAND | --qmp SOCKET | --incoming ADDRESS | --simulate)",
     )
     parser.add_argument(
-        "--listen", required=True, metavar="HOST:PORT", type=_checked(LinkAddress.parse),
+        "--listen", required=True, metavar="HOST:PORT", type=checked(LinkAddress.parse),
         help="where to wait for migrate-src; port 0 takes a free one and prints it",
     )  # fmt: skip
     _add_destination_guest(parser)
     group = parser.add_argument_group("limits")
     group.add_argument(
-        "--cache-max", metavar="SIZE", type=_checked(parse_size), default="1GiB",
+        "--cache-max", metavar="SIZE", type=checked(parse_size), default="1GiB",
         help="largest page cache that a source may ask for",
     )  # fmt: skip
     group.add_argument(
-        "--hello-timeout", metavar="TIME", type=_checked(_parse_s), default="10s",
+        "--hello-timeout", metavar="TIME", type=checked(parse_seconds), default="10s",
         help="how long a new connection may take to introduce itself",
     )  # fmt: skip
-    _add_security(parser).add_argument(
+    add_security(parser).add_argument(
         "--tls-authz", metavar="NAME", action="append",
         help="take only sources whose certificate has this name; may be repeated (default: all "
         "that the CA issued)",
     )  # fmt: skip
     group = parser.add_argument_group("the handover")
     _add_rings(group)
-    _add_state_dir(group)
+    add_state_dir(group)
     group.add_argument(
         "--run-dir", metavar="DIR", type=Path, default=default_run_dir(os.environ, os.getuid()),
         help="sockets and logs of a QEMU that migrate-dst starts",
     )  # fmt: skip
     _add_checkpoint(parser, "use what DIR has of the guest's memory from when it left")
-    _add_output(parser)
+    add_output(parser)
     return parser
 
 
@@ -265,10 +254,10 @@ def parse_source(argv: Sequence[str]) -> SourceParams:
             connect_timeout_s=options.connect_timeout,
             probe=options.probe,
             probe_before_s=options.probe_before,
-            security=_security(options),
+            security=link_security(options),
             checkpoint=_checkpoint(options),
             vm_id=options.vm_id,
-            output=_output(options),
+            output=output_params(options),
         )
     except ParamsError as error:
         parser.error(str(error))
@@ -300,60 +289,19 @@ def parse_destination(argv: Sequence[str]) -> DestinationParams:
             state_dir=options.state_dir,
             run_dir=options.run_dir,
             hello_timeout_s=options.hello_timeout,
-            security=_security(options),
+            security=link_security(options),
             checkpoint=_checkpoint(options),
             vm_id=options.vm_id,
-            output=_output(options),
+            output=output_params(options),
         )
     except ParamsError as error:
         parser.error(str(error))
-
-
-def _parser(
-    prog: str, description: str, epilog: str, usage: str | None = None
-) -> argparse.ArgumentParser:
-    parser = _OneLineParser(
-        prog=prog, description=description, epilog=epilog, usage=usage,
-        formatter_class=_HelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"{prog} {installed_version()}")
-    return parser
-
-
-def _add_security(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("who may take part, and who may look (docs/security.md)")
-    group.add_argument(
-        "--tls-dir", metavar="DIR", type=Path,
-        help="only TLS: certificates and keys in the layout of QEMU and libvirt",
-    )  # fmt: skip
-    group.add_argument(
-        "--token-file", metavar="FILE", type=Path,
-        help="a secret of at least 32 bytes that both sides must prove to have",
-    )  # fmt: skip
-    return group
-
-
-def _security(options: argparse.Namespace) -> LinkSecurity:
-    return LinkSecurity(
-        tls_dir=options.tls_dir,
-        tls_hostname=getattr(options, "tls_hostname", None),
-        tls_authz=tuple(getattr(options, "tls_authz", None) or ()),
-        token_file=options.token_file,
-    )
 
 
 def _add_rings(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--allow-inconsistent-rings", action="store_true",
         help="hand over virtio rings that contradict their devices, with a warning",
-    )  # fmt: skip
-
-
-def _add_state_dir(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--state-dir", metavar="DIR", type=Path,
-        default=default_state_dir(os.environ, os.getuid()),
-        help="where the handover is recorded for recovery; must survive a reboot",
     )  # fmt: skip
 
 
@@ -364,12 +312,12 @@ def _add_checkpoint(parser: argparse.ArgumentParser, what: str) -> None:
         help=f"{what}; a directory of mode 700, the same for leaving and coming back",
     )  # fmt: skip
     group.add_argument(
-        "--checkpoint-max", metavar="SIZE", type=_checked(parse_size),
+        "--checkpoint-max", metavar="SIZE", type=checked(parse_size),
         default=size_text(DEFAULT_MAX_BYTES),
         help="most that DIR may take up on the disk; the oldest are removed",
     )  # fmt: skip
     group.add_argument(
-        "--vm-id", metavar="ID", type=_checked(parse_vm_id),
+        "--vm-id", metavar="ID", type=checked(parse_vm_id),
         help="whose memory it is (default: the VM's UUID)",
     )  # fmt: skip
 
@@ -378,44 +326,6 @@ def _checkpoint(options: argparse.Namespace) -> CheckpointParams | None:
     if options.checkpoint is None:
         return None
     return CheckpointParams(options.checkpoint, options.checkpoint_max)
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is told (progress and logs go to stderr)")
-    group.add_argument("--report", metavar="FILE.json", type=Path, help="write the JSON report")
-    group.add_argument(
-        "--html", metavar="FILE.html", type=Path, help="write the report as a page"
-    )
-    group.add_argument(
-        "--trace",
-        metavar="FILE.jsonl",
-        type=Path,
-        help="write one JSON object a line meanwhile",
-    )
-    group.add_argument("--json", action="store_true", help="print the JSON report on stdout")
-    group.add_argument("--quiet", action="store_true", help="no progress display")
-
-
-def _output(options: argparse.Namespace) -> OutputParams:
-    return OutputParams(
-        report_path=options.report,
-        html_path=options.html,
-        trace_path=options.trace,
-        json=options.json,
-        quiet=options.quiet,
-    )
-
-
-def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Let argparse show a parser's own error text instead of "invalid value"."""
-
-    def convert(text: str) -> T:
-        try:
-            return parse(text)
-        except (ValueError, ParamsError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return convert
 
 
 def _parse_profile(text: str) -> Profile:
@@ -427,14 +337,6 @@ def _parse_profile(text: str) -> Profile:
     except ParamsError as error:
         raise ParamsError(f"profile {text}: {error}") from error
     return profile
-
-
-def _parse_ms(text: str) -> int:
-    return parse_duration_ns(text) // NS_PER_MS
-
-
-def _parse_s(text: str) -> float:
-    return parse_duration_ns(text) / NS_PER_S
 
 
 def _parse_owner(text: str) -> tuple[int, int]:
@@ -449,12 +351,3 @@ def _parse_mode(text: str) -> int:
         return int(text, 8)
     except ValueError as error:
         raise ValueError(f"expected an octal mode such as 660, got '{text}'") from error
-
-
-def installed_version() -> str:
-    """The version of this package, for people."""
-    try:
-        return version("precopy")
-    except PackageNotFoundError:
-        # Run from a checkout that was never installed.
-        return "(not installed)"

@@ -227,6 +227,7 @@ class Report:
 
     schema: int = SCHEMA
     role: Role
+    command: Literal["migrate", "recover"] = "migrate"
     source: str | None = None
     destination: str | None = None
     started_utc: str | None = None
@@ -234,6 +235,7 @@ class Report:
     error: ErrorReport | None = None
     guest_on: GuestOn = GuestOn.SOURCE
     guest_state: str | None = None
+    recovery: str | None = None
     commit: Commit | None = None
     warnings: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)

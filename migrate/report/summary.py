@@ -64,6 +64,8 @@ _LABEL_WIDTH: Final = 12
 
 def summary_lines(report: Report) -> list[str]:
     """Describe a migration in a few dozen lines; the last one says where the guest is."""
+    if report.command == "recover":
+        return _recovery_lines(report)
     lines = [f"migration {report.status}"]
     if report.error is not None:
         lines.append(_labelled("error", f"{report.error.message} [{report.error.code}]"))
@@ -74,7 +76,10 @@ def summary_lines(report: Report) -> list[str]:
     lines += _checks(report)
     simulated = "simulate" in {report.source, report.destination}
     last = guest_line(
-        report.guest_on, report.guest_state, simulated_role=report.role if simulated else None
+        report.guest_on,
+        report.guest_state,
+        simulated_role=report.role if simulated else None,
+        recovery=report.recovery,
     )
     lines += ["", f"{last}, until this command ends" if _lives_in_us(report) else last]
     return lines
@@ -86,8 +91,20 @@ def _lives_in_us(report: Report) -> bool:
     return report.guest_on.value == report.role and form.get(report.guest_on) == "simulate"
 
 
+def _recovery_lines(report: Report) -> list[str]:
+    lines = [f"recovery {report.status}"]
+    if report.error is not None:
+        lines.append(_labelled("error", f"{report.error.message} [{report.error.code}]"))
+    lines += [_labelled("warning", text) for text in report.warnings]
+    return [*lines, guest_line(report.guest_on, report.guest_state)]
+
+
 def guest_line(
-    guest_on: GuestOn, guest_state: str | None = None, *, simulated_role: Role | None = None
+    guest_on: GuestOn,
+    guest_state: str | None = None,
+    *,
+    simulated_role: Role | None = None,
+    recovery: str | None = None,
 ) -> str:
     """Say where the guest is, and when something must be done about it, what.
 
@@ -95,6 +112,7 @@ def guest_line(
         guest_on: As far as it is known.
         guest_state: QEMU's run state there, e.g. ``running`` or ``paused``; ``None`` = unknown.
         simulated_role: Which command says so of a simulated guest; ``None`` = it is a QEMU's.
+        recovery: What to type about it; ``None`` = there is nothing.
     """
     if simulated_role is not None and guest_on in {GuestOn.NEITHER, GuestOn.UNKNOWN}:
         return _simulated_line(guest_on, simulated_role)
@@ -105,6 +123,10 @@ def guest_line(
                 return f"the guest {'runs' if guest_state else 'is'} on the {side}"
             who = "its state is" if simulated_role else "QEMU says"
             return f"the guest is on the {side}, not running: {who} '{guest_state}'"
+        case GuestOn.NEITHER if recovery is not None:
+            return f"the guest runs on NEITHER side; to bring it back: {recovery}"
+        case GuestOn.UNKNOWN if recovery is not None:
+            return f"{_UNKNOWN}: start it nowhere before this has said where: {recovery}"
         case GuestOn.NEITHER:
             return (
                 "the guest runs on NEITHER side; "

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import trio
 
+from migrate.door import MAX_STRANGERS, MOST_LINES
 from migrate.errors import MigrationError
 from migrate.link_security import UNPROTECTED, LinkSecurity
 from migrate.params import DestinationParams, LinkAddress, OutputParams
-from migrate.reception import MAX_STRANGERS, MOST_LINES, Reception
+from migrate.reception import Reception
 from migrate.runtime import RealRuntime
 from migrate.session import Session
 from migrate.transport.channels import LinkListener

@@ -1,5 +1,7 @@
-"""Runs one of the two commands with a fault: ``faulty.py FAULT COMMAND ARGUMENT …``."""
+"""Runs one of the two commands with a fault: ``faulty.py FAULT[=WHAT] COMMAND ARGUMENT …``."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -17,6 +19,7 @@ from migrate.pages.page_cache import SlotStore
 from migrate.qemu import virtio_queries
 from migrate.qemu.landing import QemuRam
 from migrate.qemu.qmp_client import QmpClient
+from migrate.state_file import StateFile
 from migrate.transport.link import Link
 from proto.guest_events import PAGE_SIZE, GuestEvent, PageRun
 from proto.link.messages import DeviceStateData, EndOfState, Message
@@ -196,7 +199,21 @@ def slow_verify() -> None:
     DestinationHandover._verify = slowly  # type: ignore[method-assign]
 
 
-FAULTS = {
+def die_when_recorded(wanted: str) -> None:
+    """The command is killed right after it recorded this of the handover."""
+    write = StateFile.write
+
+    def deadly(
+        self: StateFile, state: str, *, run_state: str | None = None, reason: str | None = None
+    ) -> None:
+        write(self, state, run_state=run_state, reason=reason)
+        if state == wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StateFile.write = deadly  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[..., None]] = {
     fault.__name__: fault
     for fault in (
         flip_after_decoding,
@@ -211,12 +228,14 @@ FAULTS = {
         flip_device_state,
         corrupt_avail_ring,
         slow_verify,
+        die_when_recorded,
     )
 }
 
 
 if __name__ == "__main__":
-    FAULTS[sys.argv[1]]()
+    fault, _, argument = sys.argv[1].partition("=")
+    FAULTS[fault](*[argument] if argument else [])
     command = sys.argv[2]
     del sys.argv[1:3]
     (src if command == "migrate-src" else dst).main()
