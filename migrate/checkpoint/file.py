@@ -67,6 +67,7 @@ class CheckpointWriter:
         self._header = header
         self._make_room = make_room
         self._room_pages = 0
+        self._pages_at = header.pages_at  # not for nothing, and asked for with every run
         counts = [count for _, count in header.blocks]
         self._first = [sum(counts[:i]) for i in range(len(counts))]
         self._present = np.zeros(header.page_count, np.bool_)  # in the file, whatever it holds
@@ -76,7 +77,7 @@ class CheckpointWriter:
     @property
     def file_bytes(self) -> int:
         """What the file takes up on the disk, at most."""
-        return self._header.pages_at + self.present_pages * PAGE_SIZE
+        return self._pages_at + self.present_pages * PAGE_SIZE
 
     def write(self, block: int, pages: NDArray[np.uint32], data: NDArray[np.uint8]) -> None:
         """Write pages of one block.
@@ -113,7 +114,7 @@ class CheckpointWriter:
         """Write the first rows to file pages ``at``: a loop over runs, a call of 1 us each."""
         buffers = RowBuffers(rows)
         for first, end in runs_of(at):
-            offset = self._header.pages_at + int(at[first]) * PAGE_SIZE
+            offset = self._pages_at + int(at[first]) * PAGE_SIZE
             _write_all(self._file.number, buffers.of(first, end), offset)
 
     def finish(self, created_s: int, missing_pages: int) -> CheckpointHeader:
@@ -161,6 +162,7 @@ class CheckpointReader:
         fd = file.number
         fixed = os.pread(fd, FIXED.size, 0)
         self.header = decode_header(fixed + os.pread(fd, map_length(fixed), len(fixed)))
+        self._pages_at = self.header.pages_at
         self._present = self._read_bitmap()
         self.page_limit = len(self._present)
         self._looked_at = 0
@@ -189,28 +191,35 @@ class CheckpointReader:
             Digests of the new slots, in order, shape (n, 2).
 
         Raises:
-            OSError: The disk fails; what was found before can still be used.
+            OSError: The disk fails; what earlier calls found can still be used.
         """
-        before = self.index.count
-        end = min(self._looked_at + page_count, self.page_limit)
-        while self._looked_at < end and not self.exhausted:
-            self._digest(self._present[self._looked_at : end][:READ_PAGES])
+        wanted = self._present[self._looked_at : self._looked_at + page_count]
+        found = [np.empty((0, 2), np.uint64)]
+        for start in range(0, len(wanted), READ_PAGES):
+            part = wanted[start : start + READ_PAGES]
+            found.append(self._digest(part))
+            if len(found[-1]) < len(part):
+                self.exhausted = self.truncated = True
+                break
+        self._looked_at += len(wanted)
         self.exhausted |= self._looked_at >= self.page_limit
-        return self.index.digests[before:]
+        digests = np.concatenate(found)
+        return self._index(wanted[: len(digests)], digests)
 
-    def _digest(self, pages: NDArray[np.int64]) -> None:
+    def _digest(self, pages: NDArray[np.int64]) -> Digests:
+        """Digest pages of the file; fewer than ``pages`` if it ends before."""
         rows = self._buffer[: len(pages)]
-        count = self._read(pages, rows)
-        self._looked_at += len(pages)
-        if count < len(pages):
-            self.exhausted = self.truncated = True
-        digests = digest_pages(rows[:count], self._seed)
+        return digest_pages(rows[: self._read(pages, rows)], self._seed)
+
+    def _index(self, pages: NDArray[np.int64], digests: Digests) -> Digests:
+        """Give those that are new their slots; many at a time, as each look-up has a price."""
         known, _ = self.index.find(digests)
         new = ~known & (digests != self._zero).any(axis=1)
         new[new] = first_of_equals(digests[new])
         first = self.index.count
         self.index.append(digests[new])
-        self._pages[first : self.index.count] = pages[:count][new]
+        self._pages[first : self.index.count] = pages[new]
+        return self.index.digests[first:]
 
     def read_into(self, slots: NDArray[np.uint32], out: NDArray[np.uint8]) -> bool:
         """Read pages again, for use.
@@ -234,7 +243,7 @@ class CheckpointReader:
         """Read file pages into rows; returns how many came before the file ended."""
         fd, buffers = self._file.number, RowBuffers(out)
         for first, end in runs_of(pages):
-            offset = self.header.pages_at + int(pages[first]) * PAGE_SIZE
+            offset = self._pages_at + int(pages[first]) * PAGE_SIZE
             got = os.preadv(fd, buffers.of(first, end), offset)
             if got < (end - first) * PAGE_SIZE:
                 return first + got // PAGE_SIZE
