@@ -1,5 +1,7 @@
 """What a user asks of the link's safety: part of the parameters of both commands."""
 
+import contextlib
+import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,3 +49,10 @@ class LinkSecurity:
 
 UNPROTECTED: Final = LinkSecurity()
 """Neither TLS nor a token: for a trusted network, or a tunnel."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches an address that a socket was bound to."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    return False

@@ -261,6 +261,8 @@ class SourceRun:
         if isinstance(guest, GatewaySource):
             session.enter("waiting for the source QEMU")
             session.say(f"listening on {guest.uri} for the source QEMU's 'migrate {guest.uri}'")
+            if guest.exposure is not None:
+                session.warn(guest.exposure)
             pending = await guest.wait_header()
         if self._probe.active:
             session.enter("watching the service")

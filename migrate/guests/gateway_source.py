@@ -15,6 +15,7 @@ import trio
 
 from migrate.errors import GuestError, GuestOn, QemuStreamBrokenError
 from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
+from migrate.link_security import is_loopback
 from migrate.params import LinkAddress, SocketAddress, UnixAddress
 from migrate.qemu.local_hop import IncomingHop
 from migrate.rings import RingLayout
@@ -44,6 +45,7 @@ class GatewaySource:
 
     Attributes:
         uri: Where we listen, as ``migrate`` in a monitor takes it.
+        exposure: What a person should know who listens there; None if all is well.
     """
 
     form = "gateway"
@@ -51,9 +53,16 @@ class GatewaySource:
     was_running: bool | None = None
     place = QemuPlace()
 
-    def __init__(self, listener: trio.socket.SocketType, name: str, uri: str) -> None:
+    def __init__(
+        self,
+        listener: trio.socket.SocketType,
+        name: str,
+        uri: str,
+        exposure: str | None = None,
+    ) -> None:
         self._listener = listener
         self.uri = uri
+        self.exposure = exposure
         self._hop: IncomingHop | None = None
         self._end_seen = False
         self._let_go = False
@@ -266,12 +275,17 @@ async def open_gateway(
         ConnectError: The address cannot be listened on.
     """
     listener = await listen(address, "the source QEMU", mode=mode, owner=owner)
-    if isinstance(address, UnixAddress):
-        uri = str(address)
-    else:
-        uri = f"tcp:{LinkAddress(*listener.getsockname()[:2])}"
+    uri, exposure = str(address), None
+    if isinstance(address, LinkAddress):
+        host, port = listener.getsockname()[:2]
+        uri = f"tcp:{LinkAddress(host, port)}"
+        if not is_loopback(host):
+            exposure = (
+                f"the gateway {uri} takes QEMU's own stream, without TLS: whoever reaches it can "
+                "send a guest; 127.0.0.1 or unix:PATH would do for a QEMU on this host"
+            )
     try:
-        yield GatewaySource(listener, f"the source QEMU (gateway {uri})", uri)
+        yield GatewaySource(listener, f"the source QEMU (gateway {uri})", uri, exposure)
     finally:
         listener.close()
         if isinstance(address, UnixAddress):

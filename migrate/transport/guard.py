@@ -5,7 +5,6 @@ a migration. Whoever does not pass it has made the destination do arithmetic on 
 """
 
 import contextlib
-import ipaddress
 import socket
 import ssl
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from migrate.errors import (
     TlsError,
     TokenError,
 )
-from migrate.link_security import LinkSecurity
+from migrate.link_security import LinkSecurity, is_loopback
 from migrate.params import LinkAddress
 from migrate.transport.channels import LinkSocket, reason, send_views
 from migrate.transport.private_file import check_private
@@ -263,13 +262,6 @@ def read_token(path: Path) -> bytes:
             f"openssl rand -hex 32 > {path}"
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this host reaches an address that a socket was bound to."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    return False
 
 
 async def _turn_away_who_asks(sock: LinkSocket, peer: str) -> None:

@@ -13,6 +13,7 @@ import trio
 
 from migrate.door import MAX_STRANGERS, MOST_LINES
 from migrate.errors import MigrationError
+from migrate.guests.gateway_source import open_gateway
 from migrate.link_security import UNPROTECTED, LinkSecurity
 from migrate.params import DestinationParams, LinkAddress, OutputParams
 from migrate.reception import Reception
@@ -264,3 +265,11 @@ async def test_a_listener_that_others_reach_warns_without_tls(
         warnings = [line for line in door.lines if line.startswith("warning")]
         assert len(warnings) == (warning is not None)
         assert warning is None or warning in warnings[0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_a_gateway_that_others_reach_has_a_warning(host: str) -> None:
+    async with open_gateway(LinkAddress(host, 0), mode=0o600, owner=None) as gateway:
+        exposed = gateway.exposure is not None
+        assert exposed == (host == "0.0.0.0")
+        assert gateway.exposure is None or gateway.uri in gateway.exposure
