@@ -12,7 +12,8 @@ import trio
 
 from migrate.lab.host_certificates import initialise
 from tests.pki import Pki, write_secret
-from tests.qemu.commands import QEMU, Bench, kernel, runs
+from tests.qemu.commands import QEMU, Bench, runs
+from tests.qemu.counting_guest import kernel
 
 pytestmark = pytest.mark.qemu
 
