@@ -170,8 +170,9 @@ class SourceRun:
                     simulated.tell(self._session.builder.report)
         else:
             assert params.gateway is not None
+            mode, owner = params.gateway_mode, params.gateway_owner
             async with open_gateway(
-                params.gateway, mode=params.gateway_mode, owner=params.gateway_owner
+                params.gateway, mode=mode, owner=owner, warn=self._session.warn
             ) as gateway:
                 yield gateway
 
@@ -261,8 +262,6 @@ class SourceRun:
         if isinstance(guest, GatewaySource):
             session.enter("waiting for the source QEMU")
             session.say(f"listening on {guest.uri} for the source QEMU's 'migrate {guest.uri}'")
-            if guest.exposure is not None:
-                session.warn(guest.exposure)
             pending = await guest.wait_header()
         if self._probe.active:
             session.enter("watching the service")

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -45,7 +45,6 @@ class GatewaySource:
 
     Attributes:
         uri: Where we listen, as ``migrate`` in a monitor takes it.
-        exposure: What a person should know who listens there; None if all is well.
     """
 
     form = "gateway"
@@ -53,16 +52,9 @@ class GatewaySource:
     was_running: bool | None = None
     place = QemuPlace()
 
-    def __init__(
-        self,
-        listener: trio.socket.SocketType,
-        name: str,
-        uri: str,
-        exposure: str | None = None,
-    ) -> None:
+    def __init__(self, listener: trio.socket.SocketType, name: str, uri: str) -> None:
         self._listener = listener
         self.uri = uri
-        self.exposure = exposure
         self._hop: IncomingHop | None = None
         self._end_seen = False
         self._let_go = False
@@ -267,25 +259,35 @@ async def _brings(sock: trio.socket.SocketType, magic: bytes) -> bool:
 
 @asynccontextmanager
 async def open_gateway(
-    address: SocketAddress, *, mode: int, owner: tuple[int, int] | None
+    address: SocketAddress,
+    *,
+    mode: int,
+    owner: tuple[int, int] | None,
+    warn: Callable[[str], None],
 ) -> AsyncIterator[GatewaySource]:
     """Listen for a source QEMU; a unix socket is unlinked at the end.
+
+    Args:
+        address: Where.
+        mode: Permissions of a unix socket.
+        owner: uid and gid of a unix socket, None = ours.
+        warn: Told if others than this host reach it.
 
     Raises:
         ConnectError: The address cannot be listened on.
     """
     listener = await listen(address, "the source QEMU", mode=mode, owner=owner)
-    uri, exposure = str(address), None
+    uri = str(address)
     if isinstance(address, LinkAddress):
         host, port = listener.getsockname()[:2]
         uri = f"tcp:{LinkAddress(host, port)}"
         if not is_loopback(host):
-            exposure = (
+            warn(
                 f"the gateway {uri} takes QEMU's own stream, without TLS: whoever reaches it can "
                 "send a guest; 127.0.0.1 or unix:PATH would do for a QEMU on this host"
             )
     try:
-        yield GatewaySource(listener, f"the source QEMU (gateway {uri})", uri, exposure)
+        yield GatewaySource(listener, f"the source QEMU (gateway {uri})", uri)
     finally:
         listener.close()
         if isinstance(address, UnixAddress):

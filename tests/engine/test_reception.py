@@ -269,7 +269,8 @@ async def test_a_listener_that_others_reach_warns_without_tls(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 async def test_a_gateway_that_others_reach_has_a_warning(host: str) -> None:
-    async with open_gateway(LinkAddress(host, 0), mode=0o600, owner=None) as gateway:
-        exposed = gateway.exposure is not None
-        assert exposed == (host == "0.0.0.0")
-        assert gateway.exposure is None or gateway.uri in gateway.exposure
+    warnings: list[str] = []
+    address = LinkAddress(host, 0)
+    async with open_gateway(address, mode=0o600, owner=None, warn=warnings.append) as gateway:
+        assert len(warnings) == (host == "0.0.0.0")
+        assert all(gateway.uri in warning for warning in warnings)
