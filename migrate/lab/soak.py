@@ -81,6 +81,7 @@ async def migrate_once(
     *,
     dump: bool,
     options: Sequence[str] = (),
+    destination_options: Sequence[str] = (),
 ) -> tuple[dict[str, Any], int | None, int]:
     """Migrate with the two commands; returns report, differing pages and dump size.
 
@@ -90,6 +91,7 @@ async def migrate_once(
         workdir: For reports and dumps.
         dump: Hold before the commit and compare both memories.
         options: More options for migrate-src.
+        destination_options: More options for migrate-dst.
 
     Raises:
         RuntimeError: A command failed; the text is its output.
@@ -98,7 +100,9 @@ async def migrate_once(
     report_path.unlink(missing_ok=True)
     listen = ("--listen", "127.0.0.1:0", "--qmp", str(destination.paths.qmp[0]))
     async with AsyncExitStack() as stack:
-        dst = await stack.enter_async_context(running_command("migrate-dst", *listen))
+        dst = await stack.enter_async_context(
+            running_command("migrate-dst", *listen, *destination_options)
+        )
         line = await dst.wait_line("listening on")
         address = line.split("listening on ")[1].split()[0]
         hold = ("--hold-before-commit",) if dump else ()
@@ -168,12 +172,15 @@ async def soak(
     on_hop: Callable[[Hop], None],
     dump: bool = True,
     options: Sequence[str] = (),
+    kept: Path | None = None,
 ) -> None:
     """Boot a guest and hand it on ``count`` times; ``on_hop`` hears of each migration.
 
     The guest runs on ``binaries`` in turn. After each arrival its heartbeat, self-check and disk
-    are looked at there before it leaves again.
+    are looked at there before it leaves again. With ``kept`` all hosts keep their old copies in
+    this one directory, so that every destination finds the guest as it was one hop ago.
     """
+    copies = () if kept is None else ("--checkpoint", str(kept), "--vm-id", "soak")
     async with trio.open_nursery() as nursery:
         here: _Stay = await nursery.start(_stay, config, binaries[0], workdir / "0", None)
         with trio.fail_after(MIGRATION_S):
@@ -184,7 +191,12 @@ async def soak(
             there: _Stay = await nursery.start(_stay, config, binary, folder, "defer")
             with trio.fail_after(MIGRATION_S):
                 report, different, size = await migrate_once(
-                    here.guest, there.guest, workdir, dump=dump, options=options
+                    here.guest,
+                    there.guest,
+                    workdir,
+                    dump=dump,
+                    options=(*copies, *options),
+                    destination_options=copies,
                 )
             here.leave.set()
             with trio.fail_after(MIGRATION_S):
