@@ -25,5 +25,6 @@ async def open_link(params: SourceParams, runtime: Runtime, guard: Guard) -> Lin
     with trio.move_on_after(params.connect_timeout_s):
         sock = await runtime.connect(params.to, "migrate-dst")
         sock = await guard.enter(sock, params.to, peer)
-        return Link(sock, LinkSession(Role.SOURCE), peer)
+        silence_s = params.timeouts.peer_s
+        return Link(sock, LinkSession(Role.SOURCE), peer, silence_s=silence_s)
     raise ConnectError(f"{peer} did not answer within {params.connect_timeout_s:.0f} s")

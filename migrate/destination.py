@@ -304,6 +304,7 @@ class DestinationRun:
             state_file=record,
             runtime=self._runtime,
             settle_rings=self._settle_rings,
+            timeouts=self._params.timeouts,
         )
         self._session.enter("precopy")
         async with trio.open_nursery() as nursery:

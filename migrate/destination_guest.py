@@ -62,7 +62,9 @@ class GuestOpener:
         """
         params = self._params
         if params.incoming is not None:
-            async with open_incoming_destination(params.incoming) as waiting:
+            async with open_incoming_destination(
+                params.incoming, end_s=2 * params.timeouts.qemu_s
+            ) as waiting:
                 yield waiting
         elif params.simulate:
             async with open_simulated_destination(
@@ -76,7 +78,10 @@ class GuestOpener:
                 self._trace_counts(simulated.guest)
         elif params.qmp is not None:
             async with open_qemu_destination(
-                params.qmp, run_dir, landing=params.landing == "auto"
+                params.qmp,
+                run_dir,
+                landing=params.landing == "auto",
+                step_s=params.timeouts.qemu_s,
             ) as attached:
                 yield attached
         else:
@@ -117,6 +122,7 @@ class GuestOpener:
                 owned=qemu,
                 argv=argv,
                 landing=self._params.landing == "auto",
+                step_s=self._params.timeouts.qemu_s,
             ) as guest:
                 yield guest
         finally:

@@ -43,6 +43,7 @@ class Door:
         *,
         listen: LinkAddress,
         hello_timeout_s: float,
+        silence_s: float,
         awaited: str,
         introduced: Callable[[Link, str], Awaitable[bool]],
     ) -> None:
@@ -53,6 +54,7 @@ class Door:
             guard: What every connection must pass.
             listen: Where.
             hello_timeout_s: How long a connection may take to introduce itself, guard included.
+            silence_s: How long one that is kept may then say nothing.
             awaited: Who is waited for, for people.
             introduced: Given a link and the host it comes from, lets it introduce itself; returns
                 whether the link is kept, by whoever took it. Its errors turn it away.
@@ -61,6 +63,7 @@ class Door:
         self._guard = guard
         self._address = listen
         self._hello_timeout_s = hello_timeout_s
+        self._silence_s = silence_s
         self._awaited = awaited
         self._introduced = introduced
         self._strangers: dict[trio.CancelScope, str] = {}
@@ -112,7 +115,10 @@ class Door:
             with scope, trio.move_on_after(self._hello_timeout_s) as patience:
                 admitted = await self._guard.admit(sock, f"migrate-src at {host}")
                 link = used = Link(
-                    admitted, LinkSession(Role.DESTINATION), f"migrate-src at {host}"
+                    admitted,
+                    LinkSession(Role.DESTINATION),
+                    f"migrate-src at {host}",
+                    silence_s=self._silence_s,
                 )
                 adopted = await self._introduced(link, host)
             if scope.cancelled_caught:

@@ -65,17 +65,12 @@ from migrate.state_file import (
     RUNNING,
     StateFile,
 )
+from migrate.timeouts import DEFAULTS, Timeouts
 from migrate.transport.link import Link
 from proto.limits import MAX_DIGEST_RANGES
 from proto.link import messages
 from proto.link.messages import CommitKind, Message
 from proto.packing import clip_text
-
-RUNNING_S = 90.0
-"""From COMMIT to RUNNING: ``cont`` activates disks, which may wait for slow storage."""
-
-VERIFY_S = 60.0
-"""From END_OF_STATE to VERIFIED and READY: the destination loads the last pages and devices."""
 
 BISECT_RANGES = 16
 """Into how many ranges a differing range is cut per question."""
@@ -112,6 +107,7 @@ class SourceHandover:
     kind: CommitKind
     state_file: StateFile
     runtime: Runtime
+    timeouts: Timeouts = DEFAULTS
     hold: Callable[[], Awaitable[None]] | None = None
     times: Timeline = field(default_factory=Timeline)
     commit_sent: bool = False
@@ -129,7 +125,7 @@ class SourceHandover:
             SwitchoverUnknownError: COMMIT was sent and no RUNNING came.
             MigrationError: Anything else, before the point of no return.
         """
-        with trio.move_on_after(VERIFY_S) as waiting:
+        with trio.move_on_after(self.timeouts.verify_s) as waiting:
             await self._verified()  # paused at the source; dies: the source resumes
             if self.kind is CommitKind.HELD:
                 # loaded and paused there; dies: the source resumes
@@ -137,7 +133,8 @@ class SourceHandover:
                 self.times.ready_ns = self.runtime.now_ns()
         if waiting.cancelled_caught:
             raise DeadlineExceededError(
-                f"{self.link.peer} did not verify and load the guest within {VERIFY_S:.0f} s"
+                f"{self.link.peer} did not verify and load the guest within "
+                f"{self.timeouts.verify_s:.0f} s"
             )
         if self.kind is CommitKind.RELAYED:
             await self._relayed()
@@ -202,7 +199,7 @@ class SourceHandover:
     async def _commit(self) -> None:
         """The point of no return. Nobody runs before and after the record is written."""
         await trio.lowlevel.checkpoint()  # called off by now? then not a step further
-        with trio.CancelScope(shield=True), trio.move_on_after(RUNNING_S):
+        with trio.CancelScope(shield=True), trio.move_on_after(self.timeouts.running_s):
             # dies before the rename: the source may ``cont``; after it: unknown
             self.state_file.write(COMMIT_SENT, run_state=self.outbound.state.run_state)
             self.commit_sent = True
@@ -225,7 +222,9 @@ class SourceHandover:
             self.times.running_ns = self.runtime.now_ns()
             self.state_file.write(RUNNING, run_state=self.running.run_state)
             return
-        raise SwitchoverUnknownError(self._unknown(f"no answer within {RUNNING_S:.0f} s"))
+        raise SwitchoverUnknownError(
+            self._unknown(f"no answer within {self.timeouts.running_s:.0f} s")
+        )
 
     async def _expect_running(self) -> messages.Running:
         answer: messages.Running | messages.Abort
@@ -292,6 +291,7 @@ class DestinationHandover:
     state_file: StateFile
     runtime: Runtime
     settle_rings: Callable[[RingVerdict], None]
+    timeouts: Timeouts = DEFAULTS
     times: Timeline = field(default_factory=Timeline)
     verified: bool = False
     committed: bool = False
@@ -353,7 +353,7 @@ class DestinationHandover:
         if mine == (end.ram_digest, end.opaque_digest, end.page_count):
             return ram_digest
         await self.link.send(messages.Mismatch(*mine))
-        with trio.move_on_after(VERIFY_S):
+        with trio.move_on_after(self.timeouts.verify_s):
             while applier is not None:
                 query = await self._expect(messages.DigestQuery)
                 self._check_ranges(query)

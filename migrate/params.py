@@ -14,6 +14,7 @@ from migrate.checkpoint.params import CheckpointParams, needs_vm_id
 from migrate.errors import ParamsError
 from migrate.link_security import UNPROTECTED, LinkSecurity
 from migrate.simulation.profile import Profile
+from migrate.timeouts import DEFAULTS, Timeouts
 from migrate.units import GIB, KIB, MIB, size_text
 from proto.guest_events import PAGE_SIZE
 
@@ -258,6 +259,7 @@ class SourceParams:
         probe: Service of the guest whose answers are watched; ``None`` = none.
         probe_before_s: Seconds to watch it before its migration.
         security: How the link is protected.
+        timeouts: How long other processes are waited for.
         checkpoint: Where the guest's RAM is kept when it leaves; ``None`` = nowhere.
         vm_id: Identity of the VM; ``None`` = its UUID.
         output: Reports and progress.
@@ -284,6 +286,7 @@ class SourceParams:
     probe: ProbeTarget | None = None
     probe_before_s: float = 1.0
     security: LinkSecurity = UNPROTECTED
+    timeouts: Timeouts = DEFAULTS
     checkpoint: CheckpointParams | None = None
     vm_id: str | None = None
     output: OutputParams = OutputParams()
@@ -375,6 +378,7 @@ class DestinationParams:
         run_dir: Where the sockets and logs of a QEMU that we start live; made with mode 0700.
         hello_timeout_s: Seconds a connection may take to introduce itself.
         security: How the link is protected.
+        timeouts: How long other processes are waited for.
         checkpoint: Where the RAM of guests that left is kept; ``None`` = nothing is.
         vm_id: Identity of the VM that may come; ``None`` = its QEMU's UUID.
         output: Reports and progress.
@@ -393,6 +397,7 @@ class DestinationParams:
     run_dir: Path
     hello_timeout_s: float = 10.0
     security: LinkSecurity = UNPROTECTED
+    timeouts: Timeouts = DEFAULTS
     checkpoint: CheckpointParams | None = None
     vm_id: str | None = None
     output: OutputParams = OutputParams()

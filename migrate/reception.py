@@ -30,6 +30,7 @@ class Reception:
             guard,
             listen=params.listen,
             hello_timeout_s=params.hello_timeout_s,
+            silence_s=params.timeouts.peer_s,
             awaited="migrate-src",
             introduced=self._introduced,
         )

@@ -8,9 +8,8 @@ here.
 """
 
 import contextlib
-import math
 import os
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from migrate.ballooning import Ballooning, ballooned, hinting
 from migrate.checkpoint.source_side import SourceCopies
 from migrate.connecting import open_link
 from migrate.errors import (
-    DeadlineExceededError,
     GuestError,
     GuestOn,
     MigrationCancelledError,
@@ -51,14 +49,13 @@ from migrate.session import (
     Session,
     most_telling,
     told_or_bug,
-    wait_stalled,
 )
 from migrate.source_report import progress_state, source_report
+from migrate.stalling import StallWatch
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
 from proto.errors import QemuStreamError
 from proto.guest_events import GuestEvent
-from proto.limits import MAX_DATA_BYTES
 from proto.link import messages
 from proto.link.messages import Message
 from proto.link.state import LinkState, Role
@@ -66,14 +63,7 @@ from proto.packing import clip_text
 from proto.qemu.format import RP_SHUT
 from proto.qemu.return_path import ReturnPathReader
 
-CALL_OFF_S = 45.0
-"""Longest time to bring the guest back after a failure."""
-
-STALL_S = 30.0
-"""How long the stopped guest waits while nothing moves: the link's own silence limit twice."""
-
 FAREWELL_S = 3.0
-FINISH_S = 30.0
 
 
 class SourceRun:
@@ -156,7 +146,12 @@ class SourceRun:
                 ballooned(
                     params.qmp, params.balloon_bytes, self._session, self._may_run_there
                 ) as self._ballooning,
-                open_qemu_source(params.qmp, run_dir, downtime_limit_ms=told_ms) as source,
+                open_qemu_source(
+                    params.qmp,
+                    run_dir,
+                    downtime_limit_ms=told_ms,
+                    step_s=params.timeouts.qemu_s,
+                ) as source,
             ):
                 yield source
         elif params.simulate is not None:
@@ -172,7 +167,11 @@ class SourceRun:
             assert params.gateway is not None
             mode, owner = params.gateway_mode, params.gateway_owner
             async with open_gateway(
-                params.gateway, mode=mode, owner=owner, warn=self._session.warn
+                params.gateway,
+                mode=mode,
+                owner=owner,
+                warn=self._session.warn,
+                step_s=params.timeouts.qemu_s,
             ) as gateway:
                 yield gateway
 
@@ -210,7 +209,10 @@ class SourceRun:
         if handover is not None and self._may_run_there():
             error.guest_on = GuestOn.HANDED_OVER if handover.shut_relayed else GuestOn.UNKNOWN
             return
-        with trio.CancelScope(shield=True), trio.move_on_after(CALL_OFF_S):
+        with (
+            trio.CancelScope(shield=True),
+            trio.move_on_after(self._params.timeouts.call_off_s),
+        ):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._say_abort, error)
                 where = await self._go_on(guest)  # at once: the guest may be standing still
@@ -326,6 +328,7 @@ class SourceRun:
             kind=agreement.kind,
             state_file=record,
             runtime=runtime,
+            timeouts=params.timeouts,
             hold=self._hold.wait if params.hold_before_commit else None,
         )
 
@@ -348,12 +351,20 @@ class SourceRun:
                 lambda: handover.times.running_ns,
             )
         )
+        stalls = StallWatch(
+            link,
+            outbound.sender,
+            lambda: outbound.state.switchover_at_ns is not None,
+            self._params.timeouts,
+            self._params.max_bandwidth_bps,
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
             nursery.start_soon(self._receive, link, guest, to_control)
             if session.watched:
                 nursery.start_soon(self._show_progress, guest)
-            nursery.start_soon(self._watch_stop, link, outbound)
+            nursery.start_soon(stalls.watch_precopy)
+            nursery.start_soon(stalls.watch_stop)
             nursery.start_soon(self._copies.run)
             if isinstance(guest, GatewaySource):
                 nursery.start_soon(guest.refuse_more_connections)
@@ -370,37 +381,13 @@ class SourceRun:
             await self._copies.publish()
             nursery.cancel_scope.cancel()
 
-    async def _watch_stop(self, link: Link, outbound: Outbound) -> None:
-        """Bring the guest back if it stands still for a destination that takes nothing in.
-
-        The handover, which begins when everything is sent, has deadlines of its own.
-        """
-        sender = self._sender
-        assert sender is not None
-        window = link.session.window
-
-        def progress() -> Hashable:
-            if outbound.state.switchover_at_ns is None:
-                return object()
-            keep_alives = link.session.sent_bytes["control"]
-            return link.written_bytes - keep_alives, window.consumed_seq
-
-        # A frame is paid for before it is sent: at the lowest rates that alone takes a minute.
-        paying_s = 2 * MAX_DATA_BYTES / (self._params.max_bandwidth_bps or math.inf)
-        await wait_stalled(progress, STALL_S + paying_s)
-        if sender.ended_ns is None:
-            raise DeadlineExceededError(
-                f"{link.peer} has taken nothing in for {STALL_S + paying_s:.0f} s "
-                "while the guest stood still"
-            )
-
     async def _farewell(self, guest: SourceGuest, link: Link) -> None:
         """The guest is over there; nothing here may undo that, so nothing here fails."""
         with trio.CancelScope(shield=True):
             with trio.move_on_after(FAREWELL_S):
                 await link.try_send(messages.Bye())
                 await self._peer_left.wait()
-            with trio.move_on_after(FINISH_S):
+            with trio.move_on_after(self._params.timeouts.qemu_s):
                 await guest.finish(quit_guest=self._params.after == "quit")
             if self._peer_said_bye and self._handover is not None:
                 self._handover.state_file.remove()

@@ -16,12 +16,14 @@ from migrate.cli.parsing import (
     add_output,
     add_security,
     add_state_dir,
+    add_timeouts,
     checked,
     link_security,
     make_parser,
     output_params,
     parse_ms,
     parse_seconds,
+    timeouts_of,
 )
 from migrate.errors import ParamsError
 from migrate.params import (
@@ -65,6 +67,7 @@ def source_parser() -> argparse.ArgumentParser:
     _add_handover(parser)
     _add_probe(parser)
     _add_checkpoint(parser, "keep the guest's memory in DIR when it leaves")
+    add_timeouts(parser)
     add_output(parser)
     return parser
 
@@ -220,6 +223,7 @@ def destination_parser() -> argparse.ArgumentParser:
         help="sockets and logs of a QEMU that migrate-dst starts",
     )  # fmt: skip
     _add_checkpoint(parser, "use what DIR has of the guest's memory from when it left")
+    add_timeouts(parser)
     add_output(parser)
     return parser
 
@@ -255,6 +259,7 @@ def parse_source(argv: Sequence[str]) -> SourceParams:
             probe=options.probe,
             probe_before_s=options.probe_before,
             security=link_security(options),
+            timeouts=timeouts_of(options),
             checkpoint=_checkpoint(options),
             vm_id=options.vm_id,
             output=output_params(options),
@@ -290,6 +295,7 @@ def parse_destination(argv: Sequence[str]) -> DestinationParams:
             run_dir=options.run_dir,
             hello_timeout_s=options.hello_timeout,
             security=link_security(options),
+            timeouts=timeouts_of(options),
             checkpoint=_checkpoint(options),
             vm_id=options.vm_id,
             output=output_params(options),

@@ -10,6 +10,7 @@ from typing import NoReturn, TypeVar
 from migrate.errors import ParamsError
 from migrate.link_security import LinkSecurity
 from migrate.params import OutputParams, default_state_dir
+from migrate.timeouts import Timeouts
 from migrate.units import NS_PER_MS, NS_PER_S, parse_duration_ns
 
 T = TypeVar("T")
@@ -95,6 +96,24 @@ def link_security(options: argparse.Namespace) -> LinkSecurity:
         tls_authz=tuple(getattr(options, "tls_authz", None) or ()),
         token_file=options.token_file,
     )
+
+
+def add_timeouts(parser: argparse.ArgumentParser) -> None:
+    """Add how long other processes are waited for; see ``timeouts_of``."""
+    group = parser.add_argument_group("patience (docs/faults.md); the same for both commands")
+    group.add_argument(
+        "--peer-timeout", metavar="TIME", type=checked(parse_seconds), default="15s",
+        help="the other command is lost after so long a silence",
+    )  # fmt: skip
+    group.add_argument(
+        "--qemu-timeout", metavar="TIME", type=checked(parse_seconds), default="30s",
+        help="how long a QEMU may need for one step of the handover, opening its disks included",
+    )  # fmt: skip
+
+
+def timeouts_of(options: argparse.Namespace) -> Timeouts:
+    """Collect what ``add_timeouts`` added; raises ``ParamsError`` for what cannot work."""
+    return Timeouts(peer_s=options.peer_timeout, qemu_s=options.qemu_timeout)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

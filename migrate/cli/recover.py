@@ -8,11 +8,13 @@ from migrate.cli.parsing import (
     add_output,
     add_security,
     add_state_dir,
+    add_timeouts,
     checked,
     link_security,
     make_parser,
     output_params,
     parse_seconds,
+    timeouts_of,
 )
 from migrate.errors import ParamsError
 from migrate.params import LinkAddress
@@ -54,6 +56,7 @@ def source_recovery_parser() -> argparse.ArgumentParser:
         "--tls-hostname", metavar="NAME",
         help="the destination's name in its certificate, if not the one in --to",
     )  # fmt: skip
+    add_timeouts(parser)
     add_output(parser)
     return parser
 
@@ -79,6 +82,7 @@ def destination_recovery_parser() -> argparse.ArgumentParser:
         "--tls-authz", metavar="NAME", action="append",
         help="answer only sources whose certificate has this name; may be repeated",
     )  # fmt: skip
+    add_timeouts(parser)
     add_output(parser)
     return parser
 
@@ -96,6 +100,7 @@ def parse_source_recovery(argv: Sequence[str]) -> SourceRecoveryParams:
             state_dir=options.state_dir,
             connect_timeout_s=options.connect_timeout,
             security=link_security(options),
+            timeouts=timeouts_of(options),
             output=output_params(options),
         )
     except ParamsError as error:
@@ -114,6 +119,7 @@ def parse_destination_recovery(argv: Sequence[str]) -> DestinationRecoveryParams
             state_dir=options.state_dir,
             hello_timeout_s=options.hello_timeout,
             security=link_security(options),
+            timeouts=timeouts_of(options),
             output=output_params(options),
         )
     except ParamsError as error:

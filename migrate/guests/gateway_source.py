@@ -19,6 +19,7 @@ from migrate.link_security import is_loopback
 from migrate.params import LinkAddress, SocketAddress, UnixAddress
 from migrate.qemu.local_hop import IncomingHop
 from migrate.rings import RingLayout
+from migrate.timeouts import DEFAULTS
 from migrate.transport.channels import listen
 from proto.guest_events import End, GuestEvent, Opaque, OpaqueKind, RamBlocks, Switchover
 from proto.qemu.format import MAGIC, MULTIFD_MAGIC
@@ -36,7 +37,7 @@ READ_OUT_BYTES = 1 << 20
 STRANGER_S = 5.0
 """QEMU says what a connection is with the first bytes, at once."""
 
-END_S = 30.0
+END_S = DEFAULTS.qemu_s
 """From SHUT to the end of file of the source's stream takes QEMU moments."""
 
 
@@ -52,8 +53,11 @@ class GatewaySource:
     was_running: bool | None = None
     place = QemuPlace()
 
-    def __init__(self, listener: trio.socket.SocketType, name: str, uri: str) -> None:
+    def __init__(
+        self, listener: trio.socket.SocketType, name: str, uri: str, *, step_s: float = END_S
+    ) -> None:
         self._listener = listener
+        self._step_s = step_s
         self.uri = uri
         self._hop: IncomingHop | None = None
         self._end_seen = False
@@ -157,7 +161,7 @@ class GatewaySource:
         assert self._hop is not None
         self._end_seen = True
         if not self.return_path:
-            with trio.move_on_after(END_S):
+            with trio.move_on_after(self._step_s):
                 await self._hop.wait_eof()
                 return
             raise GuestError(
@@ -194,7 +198,7 @@ class GatewaySource:
         try:
             await self._hop.answer(shut(0))
             self._let_go = True
-            with trio.fail_after(END_S):
+            with trio.fail_after(self._step_s):
                 await self._hop.wait_eof()
         except (QemuStreamBrokenError, trio.TooSlowError) as error:
             raise GuestError(
@@ -236,7 +240,10 @@ class GatewaySource:
         was_stopped = self.stopped_at_ns is not None
         if not was_stopped:
             self._hop.abort()
-        with contextlib.suppress(QemuStreamBrokenError), trio.move_on_after(END_S) as reading:
+        with (
+            contextlib.suppress(QemuStreamBrokenError),
+            trio.move_on_after(self._step_s) as reading,
+        ):
             while not self._end_seen:
                 await self.next_events(READ_OUT_BYTES)
             await self._hop.wait_eof()
@@ -264,6 +271,7 @@ async def open_gateway(
     mode: int,
     owner: tuple[int, int] | None,
     warn: Callable[[str], None],
+    step_s: float = END_S,
 ) -> AsyncIterator[GatewaySource]:
     """Listen for a source QEMU; a unix socket is unlinked at the end.
 
@@ -272,6 +280,7 @@ async def open_gateway(
         mode: Permissions of a unix socket.
         owner: uid and gid of a unix socket, None = ours.
         warn: Told if others than this host reach it.
+        step_s: How long QEMU may take to end its migration.
 
     Raises:
         ConnectError: The address cannot be listened on.
@@ -287,7 +296,7 @@ async def open_gateway(
                 "send a guest; 127.0.0.1 or unix:PATH would do for a QEMU on this host"
             )
     try:
-        yield GatewaySource(listener, f"the source QEMU (gateway {uri})", uri)
+        yield GatewaySource(listener, f"the source QEMU (gateway {uri})", uri, step_s=step_s)
     finally:
         listener.close()
         if isinstance(address, UnixAddress):

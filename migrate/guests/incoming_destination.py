@@ -18,6 +18,7 @@ from migrate.pages.landed import LandedBlock
 from migrate.params import SocketAddress
 from migrate.qemu.loader import QemuLoader
 from migrate.qemu.local_hop import OutgoingHop
+from migrate.timeouts import DEFAULTS
 from migrate.transport.channels import connect
 from proto.guest_events import GuestEvent, RamBlocks
 from proto.qemu.physical import PhysicalMap
@@ -27,7 +28,7 @@ from proto.qemu.virtio import virtio_devices
 APPEAR_S = 10.0
 """A manager opens QEMU's socket milliseconds before the source connects; allow for slow ones."""
 
-END_S = 60.0
+END_S = 2 * DEFAULTS.qemu_s
 """From the last byte to SHUT: QEMU activates its disks and starts the guest."""
 
 
@@ -39,8 +40,11 @@ class IncomingDestination:
     place = QemuPlace()
     virtio_devices = staticmethod(virtio_devices)
 
-    def __init__(self, address: SocketAddress, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, address: SocketAddress, nursery: trio.Nursery, *, end_s: float = END_S
+    ) -> None:
         self._address = address
+        self._end_s = end_s
         self._nursery = nursery
         self._loader: QemuLoader | None = None
         self._marks = 0
@@ -146,11 +150,11 @@ class IncomingDestination:
             QemuStreamBrokenError: It did not say so; ``guest_on`` is ``unknown``.
         """
         self._end_delivered = True
-        with trio.move_on_after(END_S):
+        with trio.move_on_after(self._end_s):
             await self._open_loader.load_end()
             return
         raise QemuStreamBrokenError(
-            f"{self.name} got the whole guest and said nothing for {END_S:.0f} s",
+            f"{self.name} got the whole guest and said nothing for {self._end_s:.0f} s",
             guest_on=GuestOn.UNKNOWN,
         )
 
@@ -176,8 +180,10 @@ class IncomingDestination:
 @asynccontextmanager
 async def open_incoming_destination(
     address: SocketAddress,
+    *,
+    end_s: float = END_S,
 ) -> AsyncIterator[IncomingDestination]:
     """Prepare for a QEMU that waits; it is not touched before ``receive``."""
     async with trio.open_nursery() as nursery:
-        yield IncomingDestination(address, nursery)
+        yield IncomingDestination(address, nursery, end_s=end_s)
         nursery.cancel_scope.cancel()

@@ -34,6 +34,7 @@ from migrate.qemu.process import OwnedQemu
 from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
 from migrate.qemu.settings import changed_settings
+from migrate.timeouts import DEFAULTS
 from migrate.transport.channels import connect
 from proto.guest_events import GuestEvent, RamBlocks
 from proto.qemu.physical import PhysicalMap
@@ -45,11 +46,9 @@ logger = logging.getLogger(__name__)
 START_S = 30.0
 """A QEMU that we start opens its monitor within a second; with preallocated RAM it takes longer."""
 
-LOAD_S = 30.0
-"""From the end mark to ``completed``: devices are loaded by then, disks may have to be opened."""
-
-RUN_S = 30.0
-"""From ``cont`` to the RESUME event: activating disks is the slow part."""
+STEP_S = DEFAULTS.qemu_s
+"""From the end mark to ``completed`` (devices are loaded by then, disks may have to be opened), and
+from ``cont`` to the RESUME event (activating disks is the slow part)."""
 
 DISCARD_S = 10.0
 
@@ -75,8 +74,16 @@ class QemuDestination:
     commanded = True
     virtio_devices = staticmethod(virtio_devices)
 
-    def __init__(self, client: QmpClient, run_dir: Path, owned: OwnedQemu | None) -> None:
+    def __init__(
+        self,
+        client: QmpClient,
+        run_dir: Path,
+        owned: OwnedQemu | None,
+        *,
+        step_s: float = STEP_S,
+    ) -> None:
         self._client = client
+        self._step_s = step_s
         self._owned = owned
         self._socket_path = run_dir / "to-qemu.sock"
         self._loader: QemuLoader | None = None
@@ -236,11 +243,11 @@ class QemuDestination:
         self._end_delivered = True
         async with self._explained():
             with self._client.listen("MIGRATION") as events:
-                with trio.move_on_after(LOAD_S):
+                with trio.move_on_after(self._step_s):
                     await self._open_loader.load_end()
                     await self._wait_loaded(events)
                     return
-        raise GuestError(f"{self.name} did not complete the load within {LOAD_S:.0f} s")
+        raise GuestError(f"{self.name} did not complete the load within {self._step_s:.0f} s")
 
     async def _wait_loaded(self, events: EventListener) -> None:
         while True:
@@ -265,12 +272,12 @@ class QemuDestination:
             QmpCommandError: ``cont`` was refused (its disks, most likely): it never ran.
             GuestError: No answer: it may run or not (``guest_on`` is ``unknown``).
         """
-        with trio.move_on_after(RUN_S):
+        with trio.move_on_after(self._step_s):
             if run_state == "running":
                 await self._cont()
             return (await queries.query_run_state(self._client)).status
         raise GuestError(
-            f"{self.name} did not say within {RUN_S:.0f} s that the guest runs",
+            f"{self.name} did not say within {self._step_s:.0f} s that the guest runs",
             guest_on=GuestOn.UNKNOWN,
         )
 
@@ -304,7 +311,7 @@ class QemuDestination:
             return "the destination QEMU that was started is ended"
         if not self._end_delivered:
             return f"{self.name} got no complete guest; start it anew for another try"
-        with trio.move_on_after(DISCARD_S):
+        with trio.move_on_after(min(DISCARD_S, self._step_s)):
             with contextlib.suppress(MigrationError):
                 await queries.quit_qemu(self._client)
             await self._client.wait_peer_dead()
@@ -352,8 +359,17 @@ async def open_qemu_destination(
     owned: OwnedQemu | None = None,
     argv: Sequence[str] = (),
     landing: bool = True,
+    step_s: float = STEP_S,
 ) -> AsyncIterator[QemuDestination]:
     """Attach to a QEMU that waits with ``-incoming defer``; its settings are restored at exit.
+
+    Args:
+        qmp: Its QMP socket.
+        run_dir: Private directory for the stream's socket.
+        owned: The process, if we started it.
+        argv: Its command line then.
+        landing: Write pages straight into its RAM where that is possible.
+        step_s: How long it may take to complete the load, and to let the guest run.
 
     Raises:
         QmpConnectError: The monitor cannot be used.
@@ -363,7 +379,7 @@ async def open_qemu_destination(
         wanted = {name: True for name in CAPABILITIES_ON if name in known}
         wanted |= {name: False for name in CAPABILITIES_OFF if known.get(name)}
         async with changed_settings(client, wanted, {}), trio.open_nursery() as nursery:
-            guest = QemuDestination(client, run_dir, owned)
+            guest = QemuDestination(client, run_dir, owned, step_s=step_s)
             guest.take_argv(argv)
             if landing:
                 guest.allow_landing()

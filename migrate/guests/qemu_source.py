@@ -30,6 +30,7 @@ from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
 from migrate.qemu.settings import changed_settings
 from migrate.rings import RingLayout
+from migrate.timeouts import DEFAULTS
 from migrate.transport.channels import listen
 from proto.guest_events import GuestEvent
 from proto.qemu.return_path import shut
@@ -41,7 +42,7 @@ UNLIMITED_BYTES_PER_S = 2**63 - 1 - 2**20
 CONNECT_S = 10.0
 """QEMU connects to our socket within milliseconds, or not at all."""
 
-END_S = 30.0
+END_S = DEFAULTS.qemu_s
 """QEMU needs moments from SHUT to ``completed``, and from a closed stream to a running guest."""
 
 STOP_ANSWER_S = 1.0
@@ -77,8 +78,11 @@ class QemuSource:
     return_path = True
     virtio_devices = staticmethod(virtio_devices)
 
-    def __init__(self, client: QmpClient, run_dir: Path, name: str) -> None:
+    def __init__(
+        self, client: QmpClient, run_dir: Path, name: str, *, step_s: float = END_S
+    ) -> None:
         self._client = client
+        self._step_s = step_s
         self._socket_path = run_dir / "from-qemu.sock"
         self._hop: IncomingHop | None = None
         self._powered_off = False
@@ -186,7 +190,7 @@ class QemuSource:
             self._let_go = True
             try:
                 await self._hop.answer(shut(0))
-                with trio.move_on_after(END_S):
+                with trio.move_on_after(self._step_s):
                     await self._wait_status(events, {"completed"})
                     return
             except (QmpInterruptedError, QemuStreamBrokenError):
@@ -197,7 +201,7 @@ class QemuSource:
 
     async def _process_gone(self) -> bool:
         """Whether the process ends; its monitor alone proves nothing."""
-        with trio.move_on_after(END_S):
+        with trio.move_on_after(self._step_s):
             await self._client.wait_peer_dead()
             return True
         return False
@@ -220,7 +224,10 @@ class QemuSource:
         if self._client.is_closed:
             return Whereabouts(GuestOn.NEITHER, f"{self.name} is gone")
         try:
-            with trio.fail_after(END_S), self._client.listen("MIGRATION", "RESUME") as events:
+            with (
+                trio.fail_after(self._step_s),
+                self._client.listen("MIGRATION", "RESUME") as events,
+            ):
                 await self._cancel(events)
                 return await self._wait_as_before(events)
         except QmpInterruptedError:
@@ -296,7 +303,7 @@ def _monotonic_ns(timestamp_us: int | None) -> int:
 
 @asynccontextmanager
 async def open_qemu_source(
-    qmp: Path, run_dir: Path, *, downtime_limit_ms: int
+    qmp: Path, run_dir: Path, *, downtime_limit_ms: int, step_s: float = END_S
 ) -> AsyncIterator[QemuSource]:
     """Attach to a running QEMU; its own settings are restored on every way out.
 
@@ -304,13 +311,14 @@ async def open_qemu_source(
         qmp: Its QMP socket.
         run_dir: Private directory for the stream's socket.
         downtime_limit_ms: What QEMU is told; at least 1 (0 makes 7.2 switch without a last sync).
+        step_s: How long it may take to end its migration, or to let the guest go on.
 
     Raises:
         QmpConnectError: The monitor cannot be used.
         GuestError: The QEMU is not in a state to migrate.
     """
     async with open_qmp(qmp) as client:
-        source = QemuSource(client, run_dir, f"the source QEMU ({qmp})")
+        source = QemuSource(client, run_dir, f"the source QEMU ({qmp})", step_s=step_s)
         state = await queries.query_run_state(client)
         if state.status in ("inmigrate", "postmigrate", "shutdown", "internal-error"):
             raise GuestError(f"{source.name} cannot migrate: its run state is '{state.status}'")

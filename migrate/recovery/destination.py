@@ -33,12 +33,6 @@ from proto.link import messages
 from proto.link.state import Role
 from proto.packing import clip_text
 
-RUN_S = 30.0
-"""From ``cont`` to the RESUME event: activating disks is the slow part."""
-
-ACT_S = 60.0
-"""From our answer to the source's BYE: it lets its guest go on meanwhile."""
-
 FAREWELL_S = 3.0
 
 
@@ -150,8 +144,9 @@ class DestinationRecovery(Recovery):
         return Whereabouts(GuestOn.DESTINATION, text, state.status)
 
     async def _cont(self, client: QmpClient) -> queries.RunState:
+        step_s = self._params.timeouts.qemu_s
         try:
-            with trio.move_on_after(RUN_S), client.listen("RESUME") as events:
+            with trio.move_on_after(step_s), client.listen("RESUME") as events:
                 await queries.cont(client)
                 await events.next()
                 return await queries.query_run_state(client)
@@ -159,7 +154,7 @@ class DestinationRecovery(Recovery):
             error.guest_on = GuestOn.DESTINATION
             raise
         raise RecoveryRefusedError(
-            f"the QEMU at {client.path} did not say within {RUN_S:.0f} s that the guest runs"
+            f"the QEMU at {client.path} did not say within {step_s:.0f} s that the guest runs"
         )
 
     # --- the source ---------------------------------------------------------------------------
@@ -179,6 +174,7 @@ class DestinationRecovery(Recovery):
                 self._guard,
                 listen=address,
                 hello_timeout_s=self._params.hello_timeout_s,
+                silence_s=self._params.timeouts.call_off_s,
                 awaited="migrate-src --recover",
                 introduced=introduced,
             )
@@ -220,7 +216,8 @@ class DestinationRecovery(Recovery):
         try:
             await link.send(answer)
             self._session.say(f"told {link.peer}: {record.state}")
-            with trio.move_on_after(ACT_S):
+            # The source lets its guest go on meanwhile.
+            with trio.move_on_after(self._params.timeouts.call_off_s):
                 while (message := await link.receive()) is not None:
                     if isinstance(message, messages.Bye):
                         await link.try_send(messages.Bye())

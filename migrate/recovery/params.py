@@ -6,6 +6,7 @@ from pathlib import Path
 from migrate.errors import ParamsError
 from migrate.link_security import UNPROTECTED, LinkSecurity
 from migrate.params import LinkAddress, OutputParams
+from migrate.timeouts import DEFAULTS, Timeouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class SourceRecoveryParams:
         state_dir: Where records are.
         connect_timeout_s: Seconds until giving up on reaching ``to``.
         security: How the link is protected.
+        timeouts: How long other processes are waited for.
         output: Reports and progress.
     """
 
@@ -30,6 +32,7 @@ class SourceRecoveryParams:
     state_dir: Path
     connect_timeout_s: float = 10.0
     security: LinkSecurity = UNPROTECTED
+    timeouts: Timeouts = DEFAULTS
     output: OutputParams = field(default_factory=OutputParams)
 
     def __post_init__(self) -> None:
@@ -52,6 +55,7 @@ class DestinationRecoveryParams:
         state_dir: Where records are.
         hello_timeout_s: Seconds a connection may take to say what it wants.
         security: How the link is protected.
+        timeouts: How long other processes are waited for.
         output: Reports and progress.
     """
 
@@ -61,6 +65,7 @@ class DestinationRecoveryParams:
     state_dir: Path
     hello_timeout_s: float = 10.0
     security: LinkSecurity = UNPROTECTED
+    timeouts: Timeouts = DEFAULTS
     output: OutputParams = field(default_factory=OutputParams)
 
     def __post_init__(self) -> None:

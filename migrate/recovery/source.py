@@ -38,9 +38,6 @@ from proto.link.messages import Recovered
 from proto.link.session import LinkSession
 from proto.link.state import Role
 
-ANSWER_S = 15.0
-"""The destination has done what it had to do before it listens."""
-
 CONNECT_AGAIN_S = 0.3
 FAREWELL_S = 3.0
 
@@ -92,7 +89,12 @@ class SourceRecovery(Recovery):
     async def _open_guest(self, record: Record) -> AsyncIterator[QemuSource]:
         async with open_recorded(record.facts, self._params.qmp) as client:
             # No stream will be opened, so no directory for its socket is needed.
-            guest = QemuSource(client, self._state_dir, record.facts.guest)
+            guest = QemuSource(
+                client,
+                self._state_dir,
+                record.facts.guest,
+                step_s=self._params.timeouts.qemu_s,
+            )
             guest.was_running = record.facts.run_state in {None, "running"}
             yield guest
 
@@ -159,7 +161,8 @@ class SourceRecovery(Recovery):
                 try:
                     sock = await runtime.connect(address, "migrate-dst --recover")
                     sock = await self._guard.enter(sock, address, peer)
-                    return Link(sock, LinkSession(Role.SOURCE), peer)
+                    silence_s = self._params.timeouts.peer_s
+                    return Link(sock, LinkSession(Role.SOURCE), peer, silence_s=silence_s)
                 except ConnectError:
                     if trio.current_time() + CONNECT_AGAIN_S > deadline:
                         raise
@@ -169,7 +172,8 @@ class SourceRecovery(Recovery):
     async def _question(self, link: Link, record: Record) -> Recovered:
         """Ask; raises ``PeerLostError`` or ``PeerRefusedError`` where there is no answer."""
         number = record.facts.migration_id
-        with trio.move_on_after(ANSWER_S):
+        timeout_s = self._params.timeouts.peer_s
+        with trio.move_on_after(timeout_s):
             await link.send(messages.Recover(number, b"", record.state))
             match await link.receive():
                 case messages.Recovered() as answer:
@@ -178,7 +182,7 @@ class SourceRecovery(Recovery):
                     raise PeerRefusedError(f"{link.peer} refused: {text}")
                 case _:
                     raise PeerLostError(f"{link.peer} closed the connection")
-        raise PeerLostError(f"{link.peer} did not answer within {ANSWER_S:.0f} s")
+        raise PeerLostError(f"{link.peer} did not answer within {timeout_s:.0f} s")
 
     async def _farewell(self, link: Link) -> None:
         """Say that we have acted: the destination may forget it."""

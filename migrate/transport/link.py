@@ -24,7 +24,7 @@ from proto.link.messages import Abort, KeepAlive, Message
 from proto.link.session import Event, LinkClosed, LinkSession
 from proto.link.state import ENDED, LinkState
 
-KEEPALIVE_S = 2.0
+KEEPALIVE_S = 1.0
 """A side that has nothing to say says so this often."""
 
 LAST_WORDS_S = 0.5
@@ -36,7 +36,7 @@ PEER_GONE = frozenset({LinkState.ABORTED, LinkState.REFUSED, LinkState.ERROR, *E
 """What is sent in these states crossed the peer's last message, or the reader's error."""
 
 PEER_SILENCE_S = 15.0
-"""A peer that said nothing for this long is lost: seven keep-alives did not come."""
+"""A peer that said nothing for this long is lost: that many keep-alives did not come."""
 
 WAKE_BYTES = 128 * 1024
 """How much of a payload is waited for at a time."""
@@ -52,9 +52,17 @@ class Link:
         peer: The other end's address, for messages.
     """
 
-    def __init__(self, sock: LinkSocket, session: LinkSession, peer: str) -> None:
+    def __init__(
+        self,
+        sock: LinkSocket,
+        session: LinkSession,
+        peer: str,
+        *,
+        silence_s: float = PEER_SILENCE_S,
+    ) -> None:
         tune_link(sock)
         self._sock = sock
+        self._silence_s = silence_s
         self._send_lock = trio.Lock()
         self._low_water = 1
         self._unsent = LINK_NOTSENT_BYTES
@@ -153,13 +161,13 @@ class Link:
 
     async def _fill(self) -> None:
         try:
-            with trio.fail_after(PEER_SILENCE_S):
+            with trio.fail_after(self._silence_s):
                 buffer = self._connection.get_buffer()
                 self._wake_at(min(len(buffer), WAKE_BYTES))
                 count = await self._sock.recv_into(buffer)
         except trio.TooSlowError:
             raise PeerLostError(
-                f"{self.peer} has been silent for {PEER_SILENCE_S:.0f} s"
+                f"{self.peer} has been silent for {self._silence_s:.0f} s"
             ) from None
         except OSError as error:
             raise PeerLostError(
