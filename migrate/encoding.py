@@ -7,7 +7,13 @@ the batches, in the trio thread.
 from dataclasses import dataclass
 from typing import Final
 
-from migrate.control.codec_choice import NONE, CodecChoice, CodecSetting, Trial
+from migrate.control.codec_choice import (
+    FAST_LINK_BPS,
+    NONE,
+    CodecChoice,
+    CodecSetting,
+    Trial,
+)
 from migrate.control.delta_choice import DeltaChoice, delta_codec
 from migrate.control.goodput import GoodputEstimate
 from migrate.pages.classify import ClassifiedPages
@@ -53,6 +59,7 @@ class PageEncoder:
         self._runtime = runtime
         self._choice = CodecChoice(max(1, runtime.processors // 2))
         self._deltas = DeltaChoice()
+        self._link: GoodputEstimate | None = None
         self._delta_codec = delta_codec(compress.mode)
 
     @property
@@ -66,13 +73,18 @@ class PageEncoder:
     def keep_rule(self) -> KeepRule:
         """What the classifier should keep and send as differences at the moment.
 
-        On a link that carries pages faster than any encoder, copies of pages that are sent for the
-        first time would cost more, here and at the destination, than they save.
+        Where processors are the limit, copies of pages that are sent for the first time would
+        cost more, here and at the destination, than they save. On a slow link they pay also while
+        nothing compresses.
         """
-        codec = self._literal_codec
-        fresh = self._compress.mode != "auto" or codec != NONE
-        deltas = self._delta_codec != NONE
-        return KeepRule(fresh, self._deltas.max_words(codec) if deltas else 0)
+        compresses = self._literal_codec != NONE
+        link = self._link
+        slow = link is not None and link.saturated and link.wire_bps < FAST_LINK_BPS
+        fresh = self._compress.mode != "auto" or compresses or slow
+        if self._delta_codec == NONE:
+            return KeepRule(fresh, 0)
+        words = self._deltas.max_words(compresses=compresses, spares_link=slow)
+        return KeepRule(fresh, words)
 
     def plan(self, pages: ClassifiedPages, link: GoodputEstimate | None) -> Plan:
         """Choose codecs for the next batch; call it once for each, in their order.
@@ -81,6 +93,7 @@ class PageEncoder:
             pages: The batch.
             link: What the link carried lately, ``None`` while unknown.
         """
+        self._link = link
         deltas = self._delta_codec if len(pages.delta_pages) else None
         if not len(pages.literal_pages):
             return Plan(deltas=deltas)

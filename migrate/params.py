@@ -21,6 +21,11 @@ from proto.guest_events import PAGE_SIZE
 MAX_CACHE_BYTES: Final = 64 * GIB
 """Slot numbers are 32-bit; and a cache larger than this is a typing mistake."""
 
+DEFAULT_CACHE_BYTES: Final = 256 * MIB
+"""Nobody knows before where in a guest the pages are that it writes again and again: what is kept
+of the bulk round decides whether they travel whole a second time (``docs/performance.md``, Deltas).
+Only what is kept is allocated."""
+
 MIN_BANDWIDTH_BPS: Final = 12_500
 """100 kbit/s: below it not even the guest's idle dirtying can be sent."""
 
@@ -246,7 +251,8 @@ class SourceParams:
         max_bandwidth_bps: Bytes per second on the link; ``None`` = as much as it takes.
         streams: Parallel connections; only 1 in this version.
         compress: Codec of page content.
-        cache_bytes: RAM for the page cache, on each side; 0 = none.
+        cache_bytes: RAM for the page cache, on each side, or at the source alone where pages land;
+            0 = none.
         balloon_bytes: What the guest is asked to keep of its memory during the migration; ``None``:
             nobody asks.
         commit: ``relay`` leaves the handover to whoever owns both monitors.
@@ -275,7 +281,7 @@ class SourceParams:
     max_bandwidth_bps: int | None = None
     streams: int = 1
     compress: Compress = Compress()
-    cache_bytes: int = 64 * MIB
+    cache_bytes: int = DEFAULT_CACHE_BYTES
     balloon_bytes: int | None = None
     commit: CommitMode = "auto"
     hold_before_commit: bool = False

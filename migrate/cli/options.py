@@ -117,8 +117,8 @@ def _add_source_limits(parser: argparse.ArgumentParser) -> None:
         help="auto, none, lz4 or zstd[:LEVEL]; auto follows link and processor",
     )  # fmt: skip
     group.add_argument(
-        "--cache", metavar="SIZE", type=checked(parse_size), default="64MiB",
-        help="RAM for the page cache on each side, 0 for none",
+        "--cache", metavar="SIZE", type=checked(parse_size), default="256MiB",
+        help="RAM for the page cache, also at the destination unless pages land; 0 for none",
     )  # fmt: skip
     group.add_argument(
         "--balloon", metavar="SIZE", type=checked(parse_size),

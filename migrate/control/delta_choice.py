@@ -14,13 +14,13 @@ from migrate.control.codec_choice import LZ4, NONE, ZSTD_1, CodecSetting
 PAGE_WORDS: Final = 512
 """64-bit words in a page; the measure of a difference, since it is the cheapest to count."""
 
-FAST_MAX_WORDS: Final = 128
-"""Where literals travel as they are, processors are the limit: only a small difference is cheaper
-than the page."""
+SMALL_WORDS: Final = 128
+"""A difference of this size, 1 KiB, is always taken. Nobody knows how well the one page would
+shrink, but what changed of it would be in the literal, too."""
 
 _WORTH: Final = 0.6
-"""A difference must promise this share of the literal's bytes: the literals' ratio is an average,
-and what changed in a page may well compress worse than the page."""
+"""A larger difference must promise this share of the literal's bytes: their ratio is an average,
+and the XOR of two texts compresses worse than a text."""
 
 _WEIGHT: Final = 0.1
 _FIRST_RATIO: Final = 0.5
@@ -44,8 +44,14 @@ class DeltaChoice:
         if raw_bytes > 0:
             self._ratio += _WEIGHT * (encoded_bytes / raw_bytes - self._ratio)
 
-    def max_words(self, literal_codec: CodecSetting) -> int:
-        """So many 64-bit words of a page may differ, at least one."""
-        if literal_codec == NONE:
-            return FAST_MAX_WORDS
-        return max(1, min(PAGE_WORDS, int(_WORTH * self._ratio * PAGE_WORDS)))
+    def max_words(self, *, compresses: bool, spares_link: bool) -> int:
+        """So many 64-bit words of a page may differ.
+
+        Args:
+            compresses: Literals are encoded, and ``observe`` has heard of some.
+            spares_link: The link is the limit; otherwise only a small difference costs less
+                processor time than the page.
+        """
+        if compresses:
+            return max(SMALL_WORDS, int(_WORTH * self._ratio * PAGE_WORDS))
+        return int(_WORTH * PAGE_WORDS) if spares_link else SMALL_WORDS

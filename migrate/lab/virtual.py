@@ -25,7 +25,14 @@ from trio._core._mock_clock import MockClock  # trio.testing would import pytest
 
 from migrate.destination import DestinationRun
 from migrate.errors import ConnectError
-from migrate.params import Compress, DestinationParams, LinkAddress, OutputParams, SourceParams
+from migrate.params import (
+    DEFAULT_CACHE_BYTES,
+    Compress,
+    DestinationParams,
+    LinkAddress,
+    OutputParams,
+    SourceParams,
+)
 from migrate.report.report import Report, Role
 from migrate.runtime import ENCODE_THREADS, THREADS, Costs, Step
 from migrate.session import Session
@@ -33,7 +40,7 @@ from migrate.simulation.profile import Profile
 from migrate.source import SourceRun
 from migrate.state_file import Record, Side, StateFile
 from migrate.transport.memory_link import MemoryLinkParams, MemorySocket, memory_link
-from migrate.units import MIB, NS_PER_S
+from migrate.units import NS_PER_S
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -289,7 +296,7 @@ class VirtualParams:
     downtime_limit_ms: int = 300
     max_bandwidth_bps: int | None = None
     compress: Compress = field(default_factory=Compress)
-    cache_bytes: int = 64 * MIB
+    cache_bytes: int = DEFAULT_CACHE_BYTES
     run_for_s: float = 1.0
     model: CostModel = field(default_factory=CostModel)
     processors: int = 4

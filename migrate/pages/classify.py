@@ -105,6 +105,7 @@ class Classifier:
         self._old_slots = old_slots
         self._landed = landed
         page_count = self.table.page_count
+        slot_count = min(slot_count, page_count)
         self._cache = SourceCache(slot_count, page_count, is_private=bool(landed))
         self._places = self._cache.places
         # Slots are 32-bit numbers: nothing is referred to in RAM of more than 16 TiB.

@@ -141,7 +141,8 @@ class SourceCache:
     def keep(self, pages: PagesNow, rule: KeepRule) -> Kept:
         """Take pages that travel: decide which go as a difference, and keep what pays."""
         policy, rows, data = self._policy, pages.rows, pages.data
-        if policy.slot_count == 0 or not len(rows):
+        useless = self._is_private and not rule.max_words
+        if policy.slot_count == 0 or useless or not len(rows):
             return nothing_kept(pages)
         if policy.are_new(rows):
             placed = policy.place_new(rows, keep_fresh=rule.fresh)

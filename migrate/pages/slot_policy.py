@@ -44,7 +44,7 @@ PageRows = NDArray[np.int64]
 
 
 class SlotPolicy:
-    """Gives slots to pages; 9 bytes for each page that is sent, 25 for each slot."""
+    """Gives slots to pages; 9 bytes for each page that is sent, 17 for each slot."""
 
     def __init__(self, slot_count: int, page_count: int) -> None:
         self.slot_count = slot_count

@@ -1,16 +1,18 @@
 """Encoding a batch: which codec its parts get, and what is learned for the next."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar, TypeVarTuple
 
 import numpy as np
 import pytest
 
 from migrate.control.codec_choice import LZ4, NONE, ZSTD_1, ZSTD_3, CodecSetting
-from migrate.control.delta_choice import FAST_MAX_WORDS, PAGE_WORDS, DeltaChoice, delta_codec
+from migrate.control.delta_choice import PAGE_WORDS, SMALL_WORDS, DeltaChoice, delta_codec
 from migrate.control.goodput import GoodputEstimate
 from migrate.encoding import PageEncoder, Plan
 from migrate.pages.classify import ClassifiedPages
+from migrate.pages.page_cache import KeepRule
 from migrate.params import Compress
 from migrate.runtime import Costs, RealRuntime, Step
 from proto.codecs import CodecId, decode
@@ -109,11 +111,28 @@ async def test_on_a_link_faster_than_encoders_only_pages_that_come_back_are_kept
     encoder = PageEncoder(Compress("auto"), Recorded())
     assert encoder.keep_rule().fresh
     fast = GoodputEstimate(2e9, 2e9, saturated=True)
+    found = pages(literals=2)
     for _ in range(200):
-        found = pages(literals=2)
         await encoder.encode(found, encoder.plan(found, fast))
+    assert encoder.keep_rule() == KeepRule(fresh=False, max_words=SMALL_WORDS)
+    encoder.plan(found, GoodputEstimate(2e8, 2e8, saturated=False))
+    assert not encoder.keep_rule().fresh, "that may be a fast link and a busy guest"
+
+
+async def test_what_does_not_compress_is_kept_on_a_slow_link() -> None:
+    encoder = PageEncoder(Compress("auto"), Recorded())
+    slow = GoodputEstimate(2e7, 2e7, saturated=True)
+    found = replace(
+        pages(literals=2), literals=RANDOM.integers(0, 256, (2, PAGE_SIZE), np.uint8)
+    )
+    plan = Plan()
+    for _ in range(200):
+        plan = encoder.plan(found, slow)
+        await encoder.encode(found, plan)
+    assert plan.literals == NONE
     rule = encoder.keep_rule()
-    assert (rule.fresh, rule.max_words) == (False, FAST_MAX_WORDS)
+    assert rule.fresh
+    assert rule.max_words > 2 * SMALL_WORDS
 
 
 def test_the_better_literals_shrink_the_smaller_a_difference_must_be() -> None:
@@ -122,12 +141,13 @@ def test_the_better_literals_shrink_the_smaller_a_difference_must_be() -> None:
     for encoded in (1000, 500, 100, 0):
         for _ in range(100):
             choice.observe(1000, encoded)
-        limits.append(choice.max_words(ZSTD_3))
-        assert choice.max_words(NONE) == FAST_MAX_WORDS
+        limits.append(choice.max_words(compresses=True, spares_link=True))
+        assert choice.max_words(compresses=False, spares_link=False) == SMALL_WORDS
     assert limits == sorted(limits, reverse=True)
-    assert PAGE_WORDS > limits[0] > limits[-1] == 1
+    assert PAGE_WORDS > limits[0] > limits[1] > limits[2] == limits[3] == SMALL_WORDS
     choice.observe(0, 0)
-    assert choice.max_words(ZSTD_3) == 1
+    assert choice.max_words(compresses=True, spares_link=False) == SMALL_WORDS
+    assert limits[0] == choice.max_words(compresses=False, spares_link=True)
 
 
 def test_there_are_no_deltas_where_the_user_wants_no_codec() -> None:

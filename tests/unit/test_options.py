@@ -9,6 +9,7 @@ from migrate.checkpoint.params import CheckpointParams
 from migrate.cli.lab import main as run_lab
 from migrate.cli.options import parse_destination, parse_source
 from migrate.params import (
+    DEFAULT_CACHE_BYTES,
     Compress,
     DestinationParams,
     LinkAddress,
@@ -29,7 +30,7 @@ def test_a_short_source_command_gets_the_documented_defaults() -> None:
     assert params.max_bandwidth_bps is None
     assert params.streams == 1
     assert params.compress == Compress("auto")
-    assert params.cache_bytes == 64 << 20
+    assert params.cache_bytes == DEFAULT_CACHE_BYTES == 256 << 20
     assert (params.commit, params.after, params.hold_before_commit) == ("auto", "keep", False)
     assert params.gateway_mode == 0o600
     assert params.connect_timeout_s == 30.0
@@ -199,7 +200,7 @@ def test_help_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         parse_source(["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for default in ("300ms", "64MiB", "auto", "30s", "keep", "no limit"):
+    for default in ("300ms", "256MiB", "auto", "30s", "keep", "no limit"):
         assert f"(default: {default})" in text
     with pytest.raises(SystemExit):
         parse_destination(["--help"])
