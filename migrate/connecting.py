@@ -7,6 +7,8 @@ from migrate.params import SourceParams
 from migrate.runtime import Runtime
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
+from migrate.transport.socket_stream import start_stream
+from migrate.transport.stream import LinkStream
 from proto.link.session import LinkSession
 from proto.link.state import Role
 
@@ -21,10 +23,21 @@ async def open_link(params: SourceParams, runtime: Runtime, guard: Guard) -> Lin
         PeerLostError: The connection broke.
         PeerProtocolError: Something else listens there.
     """
-    peer = f"migrate-dst at {params.to}"
+    peer = peer_name(params)
     with trio.move_on_after(params.connect_timeout_s):
-        sock = await runtime.connect(params.to, "migrate-dst")
-        sock = await guard.enter(sock, params.to, peer)
+        stream = await open_stream(params, runtime, guard)
         silence_s = params.timeouts.peer_s
-        return Link(sock, LinkSession(Role.SOURCE), peer, silence_s=silence_s)
+        return Link(stream, LinkSession(Role.SOURCE), peer, silence_s=silence_s)
     raise ConnectError(f"{peer} did not answer within {params.connect_timeout_s:.0f} s")
+
+
+async def open_stream(params: SourceParams, runtime: Runtime, guard: Guard) -> LinkStream:
+    """Open one connection to migrate-dst; raises as ``open_link`` does, and sets no deadline."""
+    sock = await runtime.connect(params.to, "migrate-dst")
+    sock = await guard.enter(sock, params.to, peer_name(params))
+    return start_stream(sock, Role.SOURCE)
+
+
+def peer_name(params: SourceParams) -> str:
+    """The destination, for error texts."""
+    return f"migrate-dst at {params.to}"

@@ -26,6 +26,7 @@ from migrate.guests.base import DestinationGuest
 from migrate.handover import DestinationHandover
 from migrate.hello import Agreement, answer_hello, reported_commit
 from migrate.inbound import Inbound
+from migrate.joining import end_joining
 from migrate.params import DestinationParams
 from migrate.reception import Reception
 from migrate.recovery.advice import advise, destination_advice
@@ -268,10 +269,12 @@ class DestinationRun:
                 link,
                 hello,
                 guest,
+                self._runtime,
                 cache_max_bytes=self._params.cache_max_bytes,
                 old_pages=old_pages,
             )
             welcomed.set()
+            nursery.start_soon(end_joining, link)
             for warning in (*agreement.warnings, *agreement.not_checked):
                 session.warn(warning)
             session.builder.report.not_checked += agreement.not_checked

@@ -29,6 +29,7 @@ def destination_report(
         received = link.received_bytes
         session.ledger.add_bytes("control", max(0, received - session.ledger.wire_bytes))
         report.wire_bytes_back = link.sent_bytes
+        report.streams = link.stream_count
     session.builder.take_ledger(session.ledger)
     now_ns = session.runtime.now_ns()
     if error is not None:

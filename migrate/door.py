@@ -17,6 +17,7 @@ from migrate.session import Session
 from migrate.transport.channels import LinkListener, LinkSocket
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
+from migrate.transport.socket_stream import start_stream
 from proto.link.session import LinkSession
 from proto.link.state import Role
 
@@ -114,8 +115,9 @@ class Door:
         try:
             with scope, trio.move_on_after(self._hello_timeout_s) as patience:
                 admitted = await self._guard.admit(sock, f"migrate-src at {host}")
+                stream = start_stream(admitted, Role.DESTINATION)
                 link = used = Link(
-                    admitted,
+                    stream,
                     LinkSession(Role.DESTINATION),
                     f"migrate-src at {host}",
                     silence_s=self._silence_s,

@@ -34,6 +34,9 @@ ANSWER_S = 60.0
 
 FAREWELL_S = 3.0
 
+JOIN_TOKEN_BYTES = 32
+"""Nobody guesses 256 bits."""
+
 REFUSALS = {error.code: error for error in (MachineMismatchError, TlsError, TokenError)}
 
 
@@ -75,6 +78,7 @@ async def introduce(
     cache_bytes: int,
     relay: bool,
     vm_id: str | None,
+    streams: int,
 ) -> Agreement:
     """Source: say what we are and want, hear what the destination makes of it.
 
@@ -93,6 +97,7 @@ async def introduce(
         return_path=guest.return_path,
         paused_at_start=guest.was_running is False,
         vm_id=vm_id,
+        streams=streams,
     )
     await link.send(hello)
     welcome: Welcome | None = None
@@ -129,7 +134,13 @@ async def _answer(link: Link) -> Welcome:
 
 
 async def answer_hello(
-    link: Link, hello: Hello, guest: DestinationGuest, *, cache_max_bytes: int, old_pages: int
+    link: Link,
+    hello: Hello,
+    guest: DestinationGuest,
+    runtime: Runtime,
+    *,
+    cache_max_bytes: int,
+    old_pages: int,
 ) -> Agreement:
     """Destination: compare the machines and say WELCOME.
 
@@ -138,16 +149,7 @@ async def answer_hello(
         MigrationError: The guest's facts cannot be had; REFUSED was sent.
     """
     try:
-        if hello.commit == "relay" and guest.commanded:
-            raise ParamsError(
-                "--commit relay is for a destination QEMU that somebody else starts the guest of "
-                "(migrate-dst --incoming); this migrate-dst commands its QEMU itself"
-            )
-        facts = await guest.facts()
-        warnings = _machine_warnings(hello, facts)
-        landed = await guest.prepare_landing()
-        if isinstance(guest, SimulatedDestination) and hello.facts is not None:
-            await guest.prepare(hello.facts)
+        facts, warnings, landed = await _prepare(hello, guest)
     except MigrationError as error:
         with trio.move_on_after(FAREWELL_S, shield=True):
             await link.try_send(messages.Refused(error.code, clip_text(str(error))))
@@ -168,6 +170,8 @@ async def answer_hello(
             landed=landed,
             old_pages=old_pages,
             warnings=warnings[:MAX_WARNINGS],
+            streams=hello.streams,
+            join_token=runtime.random_bytes(JOIN_TOKEN_BYTES) if hello.streams > 1 else b"",
         )
     )
     return Agreement(
@@ -181,6 +185,23 @@ async def answer_hello(
         not_checked=_not_checked(hello.facts_missing, facts.missing),
         restore_balloon_bytes=_restore_balloon(hello, facts),
     )
+
+
+async def _prepare(
+    hello: Hello, guest: DestinationGuest
+) -> tuple[Facts, tuple[str, ...], tuple[str, ...]]:
+    """Facts of the destination, what a person should know of them, and blocks that land."""
+    if hello.commit == "relay" and guest.commanded:
+        raise ParamsError(
+            "--commit relay is for a destination QEMU that somebody else starts the guest of "
+            "(migrate-dst --incoming); this migrate-dst commands its QEMU itself"
+        )
+    facts = await guest.facts()
+    warnings = _machine_warnings(hello, facts)
+    landed = await guest.prepare_landing()
+    if isinstance(guest, SimulatedDestination) and hello.facts is not None:
+        await guest.prepare(hello.facts)
+    return facts, warnings, landed
 
 
 def _restore_balloon(hello: Hello, destination: Facts) -> int | None:

@@ -163,7 +163,7 @@ class Inbound:
             PeerProtocolError: A batch does not decode.
         """
         self._ledger.start_round(0, 0)
-        to_load, decoded = trio.open_memory_channel[list[Decoded]](0)
+        to_load, decoded = trio.open_memory_channel[list[Decoded]](1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_consumed)
             nursery.start_soon(self._acknowledge)
@@ -262,12 +262,12 @@ class Inbound:
     async def _load_all(self, bursts: trio.MemoryReceiveChannel[list[Decoded]]) -> None:
         async with bursts:
             async for burst in bursts:
-                for item in burst:
-                    await self._guest.load(item.events)
-                    self.state.loaded_seq = item.seq
-                    if any(_opens_return_path(event) for event in item.events):
-                        self._answers.set()
-                    await self._mark(item.seq, item.encoded_bytes)
+                events = [event for item in burst for event in item.events]
+                await self._guest.load(events)
+                self.state.loaded_seq = burst[-1].seq
+                if any(_opens_return_path(event) for event in events):
+                    self._answers.set()
+                await self._mark(burst[-1].seq, sum(item.encoded_bytes for item in burst))
         self._last_seq = self.state.loaded_seq
         await self._guest.mark(self._last_seq)
         while not self._all_consumed:

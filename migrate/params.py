@@ -17,6 +17,7 @@ from migrate.simulation.profile import Profile
 from migrate.timeouts import DEFAULTS, Timeouts
 from migrate.units import GIB, KIB, MIB, size_text
 from proto.guest_events import PAGE_SIZE
+from proto.limits import MAX_STREAMS
 
 MAX_CACHE_BYTES: Final = 64 * GIB
 """Slot numbers are 32-bit; and a cache larger than this is a typing mistake."""
@@ -249,7 +250,7 @@ class SourceParams:
         gateway_mode: Permission bits of the unix gateway socket.
         downtime_limit_ms: How long the guest may stand still.
         max_bandwidth_bps: Bytes per second on the link; ``None`` = as much as it takes.
-        streams: Parallel connections; only 1 in this version.
+        streams: Connections of the link, 1 to ``MAX_STREAMS``.
         compress: Codec of page content.
         cache_bytes: RAM for the page cache, on each side, or at the source alone where pages land;
             0 = none.
@@ -352,10 +353,8 @@ class SourceParams:
             raise ParamsError(
                 f"expected --max-bandwidth of at least 100kbit, got {bandwidth} B/s"
             )
-        if self.streams != 1:
-            raise ParamsError(
-                f"this version has one connection: --streams 1, got {self.streams}"
-            )
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise ParamsError(f"expected --streams from 1 to {MAX_STREAMS}, got {self.streams}")
         _check_cache(self.cache_bytes, "--cache")
         if self.balloon_bytes is not None and self.qmp is None:
             raise ParamsError("--balloon needs --qmp: no other way asks a guest for memory")

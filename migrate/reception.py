@@ -1,4 +1,7 @@
-"""Who of those that come to migrate-dst is the source: the first that says HELLO."""
+"""Who of those that come to migrate-dst is the source: the first that says HELLO.
+
+A connection that says JOIN, with the token that the source was given, is a further one of its link.
+"""
 
 from typing import Final
 
@@ -10,19 +13,18 @@ from migrate.params import DestinationParams
 from migrate.session import Session
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
+from proto.errors import RemoteProtocolError
 from proto.link import messages
-from proto.link.messages import Hello
+from proto.link.frames import Frame
+from proto.link.messages import Hello, Joined, Refused
+from proto.link.session import UNKNOWN, decode_join, refusal
 from proto.packing import clip_text
 
 FAREWELL_S: Final = 3.0
 
 
 class Reception:
-    """Accepts connections for one run of migrate-dst.
-
-    Attributes:
-        waiting: Nobody has introduced himself yet: whoever does next is the source.
-    """
+    """Accepts connections for one run of migrate-dst."""
 
     def __init__(self, params: DestinationParams, session: Session, guard: Guard) -> None:
         self._door = Door(
@@ -35,7 +37,12 @@ class Reception:
             introduced=self._introduced,
         )
         self._source: trio.MemorySendChannel[tuple[Link, Hello]] | None = None
-        self.waiting = True
+        self._link: Link | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """Nobody has introduced himself yet: whoever does next is the source."""
+        return self._link is None
 
     async def run(self, source: trio.MemorySendChannel[tuple[Link, Hello]]) -> None:
         """Accept connections until cancelled; the source's goes to ``source``, once.
@@ -47,7 +54,9 @@ class Reception:
         await self._door.run()
 
     async def _introduced(self, link: Link, host: str) -> bool:
-        """Whether this was the source; its link is the migration's from then on."""
+        """Hear who it is; whether the connection is the migration's from then on."""
+        if (frame := await link.first_if_join()) is not None:
+            return await self._joined(link, frame, host)
         try:
             hello = await link.receive()
         except (PeerLostError, PeerProtocolError) as error:
@@ -56,12 +65,35 @@ class Reception:
         else:
             if isinstance(hello, Hello) and self.waiting:
                 assert self._source is not None, "run() comes first"
-                self.waiting = False
+                self._link = link
                 self._source.send_nowait((link, hello))
                 return True
             refused = messages.Refused(*_BUSY[isinstance(hello, messages.Recover)])
         with trio.move_on_after(FAREWELL_S):
             await link.farewell(refused)
+        return False
+
+    async def _joined(self, stray: Link, frame: Frame, host: str) -> bool:
+        """Take a further connection of the source's, or say why not."""
+        link = self._link
+        refused = UNKNOWN
+        try:
+            join = decode_join(frame)
+        except RemoteProtocolError as error:
+            refused = Refused("protocol", clip_text(str(error)))
+        else:
+            answer = UNKNOWN if link is None else link.session.admit(join)
+            if link is not None and isinstance(answer, Joined):
+                link.admit(stray.stream, join.connection)
+                return True
+            assert isinstance(answer, Refused), "there are two answers"
+            refused = answer
+        self._door.turned_away(host, refused.message)
+        with trio.move_on_after(FAREWELL_S):
+            stray.stream.write(refusal(refused))
+            await stray.stream.flush()
+            stray.stream.end()
+            await stray.stream.drain()
         return False
 
 

@@ -127,7 +127,7 @@ class Sender:
             item = await self.backlog.get()
             if not item.ready.is_set():
                 self._starved = True
-            await item.ready.wait()
+                await item.ready.wait()
             assert item.message is not None
             if isinstance(item.message, messages.RoundEnd):
                 self._ledger.start_round(rounds, self._now_ns())
@@ -137,6 +137,7 @@ class Sender:
             await self._wait_credit()
             await self._send_one(item)
             if isinstance(item.message, messages.EndOfState):
+                await self._link.flush()
                 self.ended_ns = self._now_ns()
                 return
 
@@ -146,6 +147,7 @@ class Sender:
         while (
             window.outstanding_wire_bytes >= credit.window_wire_bytes
             or window.outstanding_raw_bytes >= credit.window_raw_bytes
+            or window.is_full
         ):
             await self._acked.wait()
 
@@ -247,11 +249,10 @@ class Sender:
         raw_bytes = consumed_raw - self._consumed_raw_bytes
         self._consumed_wire_bytes, self._consumed_raw_bytes = consumed_wire, consumed_raw
         self._take_received(window.retained_bytes, raw_bytes, now_ns)
-        if not wire_bytes:
-            return
-        starved, self._starved = self._starved, False
-        self.goodput.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
-        self.credit.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
+        if wire_bytes:
+            starved, self._starved = self._starved, False
+            self.goodput.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
+            self.credit.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
         self._acked.set()
         self._acked = trio.Event()
 

@@ -11,13 +11,14 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from migrate.ballooning import Ballooning, ballooned, hinting
 from migrate.checkpoint.source_side import SourceCopies
-from migrate.connecting import open_link
+from migrate.connecting import open_link, open_stream
 from migrate.errors import (
     GuestError,
     GuestOn,
@@ -35,6 +36,7 @@ from migrate.guests.simulated_source import SIMULATED_RESERVE_MS, open_simulated
 from migrate.handover import SourceHandover
 from migrate.hello import Agreement, introduce, reported_commit
 from migrate.hold import CommitHold
+from migrate.joining import open_streams
 from migrate.outbound import Outbound
 from migrate.params import SourceParams, default_run_dir
 from migrate.probe import MigrationPhases, Probe, open_probe
@@ -279,11 +281,14 @@ class SourceRun:
             cache_bytes=params.cache_bytes,
             relay=relay,
             vm_id=vm_id,
+            streams=params.streams,
         )
+        open_one = partial(open_stream, params, self._runtime, self._guard)
+        missing = await open_streams(link, open_one)
         if self._ballooning is not None:
             self._ballooning.agreed(agreement.kind)
         self._copies.expect(agreement)
-        for warning in (*agreement.warnings, *agreement.not_checked):
+        for warning in (*agreement.warnings, *agreement.not_checked, *missing):
             session.warn(warning)
         session.builder.report.not_checked += agreement.not_checked
         session.builder.report.commit = reported_commit(agreement.kind, guest.form)

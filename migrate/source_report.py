@@ -30,6 +30,7 @@ def source_report(
             session.ledger.add_bytes("control", link.sent_bytes)
         session.ledger.close(link.sent_bytes, session.runtime.now_ns())
         builder.report.wire_bytes_back = link.received_bytes
+        builder.report.streams = link.stream_count
     if outbound is not None:
         _add_rounds(session, outbound)
         builder.report.ram_bytes = outbound.state.ram_bytes

@@ -7,10 +7,10 @@ from proto.guest_events import NEED_DATA, OpaqueKind
 from proto.link import messages as m
 from proto.link.connection import LinkConnection
 from proto.link.dispatch import FRAMES, encode_message
-from proto.link.frames import Buffer, FrameType, encode_frame
+from proto.link.frames import Buffer, Frame, FrameType, encode_frame
 from proto.link.messages import Message
 from proto.link.pages import PageBatch
-from proto.link.session import Event, LinkClosed, LinkSession
+from proto.link.session import Event, LinkClosed, LinkSession, decode_join
 from proto.link.state import Direction, LinkState, Role, next_state
 from tests.strategies import BLOCKS, CACHE_SLOTS, page_array, receive, same_message
 
@@ -85,6 +85,30 @@ def feed(end: End, data: Buffer, number: int = 0) -> list[Event]:
         if isinstance(event, LinkClosed):
             break
     return events
+
+
+def arrival(connection: LinkConnection, wire: bytes) -> Frame:
+    """The only frame in these bytes."""
+    connection.get_buffer()[: len(wire)] = wire
+    connection.buffer_updated(len(wire))
+    frame = connection.next_arrival()
+    assert isinstance(frame, Frame)
+    assert connection.next_arrival() is NEED_DATA
+    return frame
+
+
+def join(near: End, far: End, number: int) -> None:
+    """Open a further connection between two ends that have agreed upon it."""
+    wire = b"".join(near.send(near.join(number), number))
+    stranger = LinkConnection(Role.DESTINATION)
+    assert decode_join(arrival(stranger, wire)) == near.join(number)
+    stranger.number = number
+    far.connections[number] = stranger
+    answer = far.admit(near.join(number))
+    assert answer == m.Joined()
+    near.connections[number] = LinkConnection(Role.SOURCE, number)
+    back = b"".join(far.send(answer, number))
+    assert near.take_answer(arrival(near.connections[number], back)) == answer
 
 
 class Pair:

@@ -42,6 +42,7 @@ from migrate.units import (
     parse_size,
     size_text,
 )
+from proto.limits import MAX_STREAMS
 
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ def _add_source_limits(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--streams", metavar="N", type=int, default=1,
-        help="connections to the destination; this version takes only 1",
+        help=f"connections to the destination, 1 to {MAX_STREAMS}; pages are striped over them",
     )  # fmt: skip
     group.add_argument(
         "--compress", metavar="CODEC", type=checked(Compress.parse), default="auto",

@@ -39,7 +39,7 @@ from migrate.session import Session
 from migrate.simulation.profile import Profile
 from migrate.source import SourceRun
 from migrate.state_file import Record, Side, StateFile
-from migrate.transport.memory_link import MemoryLinkParams, MemorySocket, memory_link
+from migrate.transport.memory_link import Line, MemoryLinkParams, MemorySocket, memory_link
 from migrate.units import NS_PER_S
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class VirtualStateFile(StateFile):
 
 
 class VirtualNetwork:
-    """Where virtual commands meet: one link between any two of them.
+    """Where virtual commands meet: one link, which all connections share.
 
     Attributes:
         link: Its rate and delay.
@@ -127,6 +127,7 @@ class VirtualNetwork:
 
     def __init__(self, link: MemoryLinkParams) -> None:
         self.link = link
+        self._lines = (Line(), Line())
         self.sockets: list[MemorySocket] = []
         self.connected = trio.Event()
         self._listeners: dict[LinkAddress, VirtualListener] = {}
@@ -141,7 +142,7 @@ class VirtualNetwork:
         while (listener := self._listeners.get(address)) is None:
             await self._news.wait()
         await trio.sleep(2 * self.link.delay_ms / 1000)
-        near, far = memory_link(self.link)
+        near, far = memory_link(self.link, self._lines)
         self.sockets.append(near)
         self.connected.set()
         try:
@@ -291,6 +292,7 @@ class VirtualParams:
         run_for_s: Seconds that the guest is watched at the destination.
         model: What processor work costs.
         processors: Of each host.
+        streams: Connections of the link.
     """
 
     downtime_limit_ms: int = 300
@@ -300,6 +302,7 @@ class VirtualParams:
     run_for_s: float = 1.0
     model: CostModel = field(default_factory=CostModel)
     processors: int = 4
+    streams: int = 1
 
 
 def run_virtual(
@@ -351,6 +354,7 @@ def source_params(params: VirtualParams, **guest: Any) -> SourceParams:  # noqa:
         max_bandwidth_bps=params.max_bandwidth_bps,
         compress=params.compress,
         cache_bytes=params.cache_bytes,
+        streams=params.streams,
         state_dir=NOWHERE,
         **guest,
     )

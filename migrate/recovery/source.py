@@ -33,6 +33,7 @@ from migrate.session import Session
 from migrate.state_file import COMMIT_SENT, KEPT, PREPARED, RETURNED, RUNNING, Record, StateFile
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
+from migrate.transport.socket_stream import start_stream
 from proto.link import messages
 from proto.link.messages import Recovered
 from proto.link.session import LinkSession
@@ -161,8 +162,9 @@ class SourceRecovery(Recovery):
                 try:
                     sock = await runtime.connect(address, "migrate-dst --recover")
                     sock = await self._guard.enter(sock, address, peer)
+                    stream = start_stream(sock, Role.SOURCE)
                     silence_s = self._params.timeouts.peer_s
-                    return Link(sock, LinkSession(Role.SOURCE), peer, silence_s=silence_s)
+                    return Link(stream, LinkSession(Role.SOURCE), peer, silence_s=silence_s)
                 except ConnectError:
                     if trio.current_time() + CONNECT_AGAIN_S > deadline:
                         raise

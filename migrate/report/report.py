@@ -250,6 +250,7 @@ class Report:
     guest_stopped: bool = False
     wire_bytes: int = 0
     wire_bytes_back: int = 0
+    streams: int = 0
     page_bytes: int = 0
     pages: PageCounts = field(default_factory=PageCounts)
     bytes: ByteCounts = field(default_factory=ByteCounts)

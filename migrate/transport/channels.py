@@ -94,17 +94,21 @@ async def send_views(sock: LinkSocket, views: list[memoryview]) -> None:
     """Send buffers, none empty, and take them off the list; a cancelled call leaves the rest."""
     while views:
         # A socket shared with a thread may be a blocking one; here nothing ever blocks.
-        sent = await sock.sendmsg(views[:IOV_MAX], [], socket.MSG_DONTWAIT)
-        done = 0
-        while done < len(views) and sent >= views[done].nbytes:
-            sent -= views[done].nbytes
-            done += 1
-        del views[:done]
-        if sent:
-            views[0] = views[0][sent:]
+        take_off(views, await sock.sendmsg(views[:IOV_MAX], [], socket.MSG_DONTWAIT))
 
 
-def tune_link(sock: LinkSocket) -> None:
+def take_off(views: list[memoryview], n_bytes: int) -> None:
+    """Take what was sent off a list of buffers, none empty."""
+    done = 0
+    while done < len(views) and n_bytes >= views[done].nbytes:
+        n_bytes -= views[done].nbytes
+        done += 1
+    del views[:done]
+    if n_bytes:
+        views[0] = views[0][n_bytes:]
+
+
+def tune_link(sock: LinkSocket | socket.socket) -> None:
     """Set a link connection up for small latency: no delays, no deep kernel queue."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, LINK_NOTSENT_BYTES)

@@ -2,7 +2,8 @@
 
 Each direction is a line of a given rate and delay between two socket buffers: when a byte leaves
 and when it arrives is known at the moment it is sent, so a transfer costs one timer per wake-up
-and no task of its own.
+and no task of its own. Several connections may share a pair of lines: what is sent first leaves
+first, whosever it is.
 
     sendmsg -> unsent bytes -> line (rate) -> under way (delay) -> receive buffer -> recv_into
 
@@ -66,10 +67,22 @@ class _Piece:
     taken: int = 0
 
 
+@dataclass(slots=True)
+class Line:
+    """What connections that go the same way share.
+
+    Attributes:
+        free_ns: When everything that was sent will have left.
+    """
+
+    free_ns: int = 0
+
+
 class _Direction:
     """One direction: what was sent, when it arrives, who waits for that."""
 
-    def __init__(self, params: MemoryLinkParams) -> None:
+    def __init__(self, params: MemoryLinkParams, line: Line) -> None:
+        self._line = line
         self._rate_bps = params.bandwidth_bps
         segment_bytes = params.bandwidth_bps * SEGMENT_NS // NS_PER_S
         self._segment_bytes = min(max(segment_bytes, MIN_SEGMENT_BYTES), MAX_SEGMENT_BYTES)
@@ -79,7 +92,7 @@ class _Direction:
         self._blocked_bytes = 0
         self._pieces: deque[_Piece] = deque()
         self._unread_bytes = 0
-        self._free_ns = 0
+        self._last_ns = 0
         self._ended = self._cut = False
         self.unsent_limit = LINK_NOTSENT_BYTES
         self.low_water = 1
@@ -133,7 +146,7 @@ class _Direction:
     def end(self, now_ns: int) -> None:
         """Nothing more will be written."""
         self._ended = True
-        self._free_ns = max(self._free_ns, now_ns)
+        self._last_ns = max(self._last_ns, now_ns)
         self.reader.unpark_all()
 
     def _pump(self, from_ns: int) -> None:
@@ -146,9 +159,10 @@ class _Direction:
             if len(data) > room:
                 self._blocked.appendleft(data[room:])
                 data = data[:room]
-            start_ns = max(self._free_ns, from_ns)
-            self._free_ns = start_ns - (-len(data) * NS_PER_S // self._rate_bps)
-            self._pieces.append(_Piece(start_ns, self._free_ns, data))
+            start_ns = max(self._line.free_ns, from_ns)
+            self._last_ns = start_ns - (-len(data) * NS_PER_S // self._rate_bps)
+            self._line.free_ns = self._last_ns
+            self._pieces.append(_Piece(start_ns, self._last_ns, data))
             self._blocked_bytes -= len(data)
             self._unread_bytes += len(data)
 
@@ -176,7 +190,7 @@ class _Direction:
                 left_ns = piece.start_ns - (-whole * NS_PER_S // self._rate_bps)
                 return min(left_ns, piece.end_ns) + self._delay_ns
             missing -= len(piece.data)
-        return self._free_ns + self._delay_ns if self._ended and not self._cut else None
+        return self._last_ns + self._delay_ns if self._ended and not self._cut else None
 
     def wanted_bytes(self, room_bytes: int) -> int:
         """How many bytes a read into so much memory waits for."""
@@ -202,7 +216,7 @@ class _Direction:
 
     def ended(self, now_ns: int) -> bool:
         """The end has arrived, behind everything else."""
-        arrived = self._free_ns + self._delay_ns <= now_ns
+        arrived = self._last_ns + self._delay_ns <= now_ns
         return self._ended and self.is_empty and not self._cut and arrived
 
     def cut(self) -> None:
@@ -339,9 +353,17 @@ class MemorySocket:
         self._in.cut()
 
 
-def memory_link(params: MemoryLinkParams) -> tuple[MemorySocket, MemorySocket]:
-    """Make the two ends of a connection."""
-    there, back = _Direction(params), _Direction(params)
+def memory_link(
+    params: MemoryLinkParams, lines: tuple[Line, Line] | None = None
+) -> tuple[MemorySocket, MemorySocket]:
+    """Make the two ends of a connection.
+
+    Args:
+        params: The link.
+        lines: There and back, shared with other connections; None = a link of its own.
+    """
+    line_there, line_back = lines or (Line(), Line())
+    there, back = _Direction(params, line_there), _Direction(params, line_back)
     near, far = MemorySocket(there, back), MemorySocket(back, there)
     near.join(far)
     far.join(near)

@@ -156,6 +156,10 @@ class ReceiveSequence:
         """Expect frames from one more connection."""
         self._newest[connection] = 0
 
+    def close(self, connection: int) -> None:
+        """Expect nothing more from a connection."""
+        del self._newest[connection]
+
     def hold(self, frame: Frame) -> None:
         """Keep a numbered frame that has just arrived, from a connection that was opened.
 

@@ -60,6 +60,9 @@ from proto.link.state import (
 HANDSHAKE = (FrameType.JOIN, FrameType.JOINED, FrameType.REFUSED)
 """What opens a further connection; no move of the migration."""
 
+UNKNOWN = Refused("unknown", "no migration of this name and token is under way here")
+"""For whoever wants to join what is not his; it does not say what was wrong."""
+
 UNGREETED = (LinkState.START, LinkState.GREETING)
 
 
@@ -235,7 +238,7 @@ class LinkSession:
             or not hmac.compare_digest(hello.migration_id, join.migration_id)
             or not hmac.compare_digest(welcome.join_token, join.join_token)
         ):
-            return Refused("unknown", "no migration of this name and token is under way here")
+            return UNKNOWN
         if not self._joining or self.state not in JOINABLE:
             return Refused("late", "connections are no longer taken")
         if join.connection >= welcome.streams:
@@ -330,6 +333,8 @@ class LinkSession:
             if not end.connection:
                 orderly = self.state in ENDED and not end.partial_bytes
                 self._closed = replace(end, orderly=orderly)
+            elif self.role is Role.DESTINATION and not end.partial_bytes:
+                self.sequence.close(end.connection)  # everything it was to bring is here
             elif self.state in FLOWING or self._unconfirmed:
                 return end
         return NEED_DATA if self._closed is None else self._closed
@@ -422,3 +427,8 @@ def decode_join(frame: Frame) -> Join:
     message = decode_message(frame, Context())
     assert isinstance(message, Join), "that is what its type says"
     return message
+
+
+def refusal(message: Refused) -> list[Buffer]:
+    """Destination: the bytes that turn a connection away that belongs to no migration."""
+    return encode_frame(message.frame_type, 0, *encode_message(message))

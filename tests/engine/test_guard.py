@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from migrate.transport import tls_credentials
 from migrate.transport.channels import LinkSocket
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
+from migrate.transport.socket_stream import start_stream
 from proto.link.admission import Answer, Opening, Verdict, prove
 from proto.link.messages import Hello, Refused
 from proto.link.session import LinkSession
@@ -63,10 +65,11 @@ async def meet(
         try:
             sock = await guards[Role.SOURCE].enter(near, LinkAddress(host, 7001), DST)
             met.sockets.append(sock)
-            link = Link(sock, LinkSession(Role.SOURCE), DST)
-            await link.send(HELLO)
-            if isinstance(answer := await link.receive(), Refused):
-                raise PeerRefusedError(answer.message)
+            link = Link(start_stream(sock, Role.SOURCE), LinkSession(Role.SOURCE), DST)
+            with closing(link):
+                await link.send(HELLO)
+                if isinstance(answer := await link.receive(), Refused):
+                    raise PeerRefusedError(answer.message)
         except MigrationError as error:
             met.source = str(error)
             met.errors.append(error)
@@ -77,9 +80,10 @@ async def meet(
         try:
             sock = await guards[Role.DESTINATION].admit(far, SRC)
             met.sockets.append(sock)
-            link = Link(sock, LinkSession(Role.DESTINATION), SRC)
-            assert isinstance(await link.receive(), Hello)
-            await link.farewell(Refused("met", "met"))
+            stream = start_stream(sock, Role.DESTINATION)
+            with closing(Link(stream, LinkSession(Role.DESTINATION), SRC)) as link:
+                assert isinstance(await link.receive(), Hello)
+                await link.farewell(Refused("met", "met"))
         except MigrationError as error:
             met.destination = str(error)
             met.errors.append(error)

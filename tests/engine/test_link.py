@@ -1,7 +1,7 @@
 """A link on a real connection: who is lost, who broke the protocol, and the last words."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import pytest
 import trio
@@ -11,6 +11,8 @@ from trio.testing import MockClock
 from migrate.errors import PeerLostError, PeerProtocolError
 from migrate.session import wait_stalled
 from migrate.transport.link import PEER_SILENCE_S, Link
+from migrate.transport.socket_stream import start_stream
+from migrate.transport.stream import LinkStream
 from proto.link import messages
 from proto.link.messages import CommitKind, Hello, Message, Welcome
 from proto.link.session import LinkSession
@@ -24,30 +26,43 @@ def quick_clock() -> MockClock:
     return MockClock(autojump_threshold=0.05)
 
 
-@asynccontextmanager
-async def connected() -> AsyncIterator[tuple[Link, trio.SocketStream]]:
-    """A source's link, and the bare other end of its connection."""
+async def pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+    """Both ends of a connection."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener:
         port = listener.socket.getsockname()[1]
         near = await trio.open_tcp_stream("127.0.0.1", port)
-        far = await listener.accept()
-    async with near, far:
-        yield Link(near.socket, LinkSession(Role.SOURCE), "migrate-dst"), far
+        return near, await listener.accept()
+
+
+def opened(stream: trio.SocketStream, role: Role) -> LinkStream:
+    return start_stream(stream.socket, role)
+
+
+@asynccontextmanager
+async def connected() -> AsyncIterator[tuple[Link, trio.SocketStream]]:
+    """A source's link, and the bare other end of its connection."""
+    near, far = await pair()
+    link = Link(opened(near, Role.SOURCE), LinkSession(Role.SOURCE), "migrate-dst")
+    with closing(link):
+        async with far:
+            yield link, far
 
 
 @asynccontextmanager
 async def linked() -> AsyncIterator[tuple[Link, Link]]:
     """Both ends, greeted, with a RAM block table on its way."""
-    async with connected() as (source, stream):
-        destination = Link(stream.socket, LinkSession(Role.DESTINATION), "migrate-src")
+    async with connected() as (source, far):
+        stream = opened(far, Role.DESTINATION)
+        destination = Link(stream, LinkSession(Role.DESTINATION), "migrate-src")
         await source.send(HELLO)
         assert isinstance(await destination.receive(), Hello)
         await destination.send(welcome(CommitKind.HELD))
         assert isinstance(await source.receive(), Welcome)
         await source.send(TABLE)
         assert await destination.receive() == TABLE
-        yield source, destination
+        with closing(destination):
+            yield source, destination
 
 
 async def test_silent_peer_is_lost(quick_clock: MockClock) -> None:

@@ -22,6 +22,7 @@ from migrate.session import Session
 from migrate.transport.channels import LinkListener
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
+from migrate.transport.socket_stream import start_stream
 from proto.link.messages import Hello, Refused
 from proto.link.session import LinkSession
 from proto.link.state import Role
@@ -99,9 +100,13 @@ class Door:
             await trio.sleep(0.002)
 
     async def greet(self, host: str = CLIENT) -> Link:
-        link = Link(await self.connect(host), LinkSession(Role.SOURCE), "migrate-dst")
+        link = link_on(await self.connect(host))
         await link.send(HELLO)
         return link
+
+
+def link_on(sock: trio.socket.SocketType) -> Link:
+    return Link(start_stream(sock, Role.SOURCE), LinkSession(Role.SOURCE), "migrate-dst")
 
 
 @asynccontextmanager
@@ -180,7 +185,7 @@ async def test_a_flood_from_one_host_does_not_drop_the_source_of_another(
     tmp_path: Path,
 ) -> None:
     async with opened(tmp_path) as door:
-        source = Link(await door.connect(), LinkSession(Role.SOURCE), "migrate-dst")
+        source = link_on(await door.connect())
         for _ in range(3 * MAX_STRANGERS):
             await door.connect(OTHER)
         await source.send(HELLO)

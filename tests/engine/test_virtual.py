@@ -252,6 +252,17 @@ def test_ram_arrives_as_it_left() -> None:
     assert seen.records() == [[PREPARED, COMMIT_SENT, RUNNING], [PREPARED, COMMITTED]]
 
 
+@pytest.mark.parametrize("streams", [1, 4])
+def test_bandwidth_limit_holds_over_all_connections(streams: int) -> None:
+    guest = profile("quiet")
+    params = replace(PLAIN, streams=streams, max_bandwidth_bps=10_000_000)
+    source, destination = run_virtual(guest, MemoryLinkParams(), params, 1)
+    assert (source.error, source.streams, destination.streams) == (None, streams, streams)
+    assert source.setup_ms is not None
+    sent_ms = source.wire_bytes / 10_000
+    assert sent_ms * 0.95 < source.total_ms - source.setup_ms < sent_ms * 1.1 + 50
+
+
 async def cut_after_50_ms(network: VirtualNetwork) -> None:
     await trio.sleep(0.05)
     network.sockets[0].cut()

@@ -4,6 +4,7 @@ Link protocol, page classes, codecs, page cache, digests and account are the eng
 only a task could do, asking for pages and waiting, is left to whoever calls.
 """
 
+import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,12 +27,13 @@ from migrate.simulation.ram import Pages, SimulatedRam
 from proto.codecs import CodecId, decode, make_codec
 from proto.guest_events import MAX_RUN_PAGES, PageRun, RamBlock, ZeroRun
 from proto.link import messages as m
+from proto.link.dispatch import FRAMES
 from proto.link.messages import Message
 from proto.link.page_lists import split_zero_pages
 from proto.link.pages import PageBatch, bytes_by_class
 from proto.link.session import LinkClosed
 from proto.link.state import LinkState, Role
-from tests.link_pair import End, feed
+from tests.link_pair import End, feed, join
 from tests.model.kept_ram import VM, KeptRam
 from tests.simulated import FakeTime
 
@@ -57,6 +59,7 @@ class MoveParams:
         rule: What is kept, and what travels as a difference.
         old_copy: Whether the destination uses what it kept of the guest when it was there last.
         lands: Pages are written to memory as they are decoded, and read from there as slots.
+        streams: Connections, which overtake each other by chance.
     """
 
     digest_seed: int
@@ -65,6 +68,7 @@ class MoveParams:
     rule: KeepRule = KEEP
     old_copy: bool = False
     lands: bool = False
+    streams: int = 1
 
 
 class LandedSimulatedRam:
@@ -138,7 +142,8 @@ class Move:
             first_old=first_old,
         )
         self._near, self._far = End(Role.SOURCE), End(Role.DESTINATION)
-        self._under_way: deque[bytes] = deque()
+        self._under_way: list[deque[bytes]] = [deque() for _ in range(params.streams)]
+        self._chance = random.Random(seed)
         self._hashes = [xxhash.xxh3_128(seed=seed) for _ in range(2)]
         self._ledger = Ledger()
         self._wire_bytes = self._round_no = self.sent_pages = 0
@@ -152,7 +157,9 @@ class Move:
 
     def _greet(self, blocks: tuple[RamBlock, ...]) -> None:
         seed, slots = self.params.digest_seed, self.params.cache_slots
-        self._say(m.Hello(bytes(16), seed, slots, {"kind": "simulated"}, vm_id=VM))
+        streams = self.params.streams
+        facts = {"kind": "simulated"}
+        self._say(m.Hello(bytes(16), seed, slots, facts, vm_id=VM, streams=streams))
         self.deliver()
         old_pages = self._old_copy.page_limit if self._old_copy is not None else 0
         lands = self.params.lands
@@ -160,11 +167,16 @@ class Move:
             m.Welcome(
                 m.CommitKind.HELD.value,
                 0 if lands else slots,
-                {"kind": "simulated"},
+                facts,
                 landed=(BLOCK_NAME,) if lands else (),
                 old_pages=old_pages,
+                streams=streams,
+                join_token=bytes(16) if streams > 1 else b"",
             )
         )
+        for number in range(1, streams):
+            join(self._near, self._far, number)
+        self._wire_bytes = sum(self._near.sent_bytes.values())
         self._announce(old_pages // 2)
         self._ledger.start_round(0, 0)
         self._hashes[0].update(RAM_START)
@@ -254,8 +266,10 @@ class Move:
         return state
 
     def _say(self, message: Message) -> None:
-        data = b"".join(self._near.send(message))
-        self._under_way.append(data)
+        numbered = FRAMES[message.frame_type].numbered
+        number = self._chance.randrange(self.params.streams) if numbered else 0
+        data = b"".join(self._near.send(message, number))
+        self._under_way[number].append(data)
         self._wire_bytes += len(data)
         if isinstance(message, PageBatch):
             counts = message.pages_by_class
@@ -265,14 +279,19 @@ class Move:
     # --- the destination's end -----------------------------------------------------------------
 
     def deliver(self, frames: int = 1 << 30) -> None:
-        """Have so many frames arrive."""
-        for _ in range(min(frames, len(self._under_way))):
-            for event in feed(self._far, self._under_way.popleft()):
+        """Have so many frames arrive, of each connection in order."""
+        for _ in range(min(frames, sum(map(len, self._under_way)))):
+            number = self._next_to_arrive()
+            for event in feed(self._far, self._under_way[number].popleft(), number):
                 assert not isinstance(event, LinkClosed), event
                 self._take(event)
         if self._far.state in (LinkState.PRECOPY, LinkState.STOP_AND_COPY):
             received = self._far.sequence.received_seq
             self._answer(m.Ack(received, received))
+
+    def _next_to_arrive(self) -> int:
+        filled = [number for number, queue in enumerate(self._under_way) if queue]
+        return self._chance.choice(filled)
 
     def _take(self, message: Message) -> None:
         match message:
@@ -298,12 +317,12 @@ class Move:
     def break_link(self, cut_at: float) -> None:
         """Lose what is under way, the first frame of it in the middle: no message comes of it."""
         before = self._far.received_bytes
-        if self._under_way:
-            data = self._under_way.popleft()
+        if any(self._under_way):
+            number = self._next_to_arrive()
+            data = self._under_way[number].popleft()
             part = data[: int(cut_at * (len(data) - 1))]
-            assert feed(self._far, part) == []
+            assert feed(self._far, part, number) == []
             before += len(part)
-        self._under_way.clear()
         assert self._far.received_bytes == before
         self._far.eof()
         assert isinstance(feed(self._far, b"")[0], LinkClosed)

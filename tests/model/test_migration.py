@@ -104,6 +104,7 @@ moves = st.builds(
     st.builds(KeepRule, st.booleans(), st.sampled_from([0, 2, 128, 512])),
     old_copy=st.booleans(),
     lands=st.booleans(),
+    streams=st.integers(1, 4),
 )
 ways: st.SearchStrategy[Way] = st.sampled_from(
     ["arrives", "arrives", "arrives", "loaded", "verified", "sent", "stopped"]
@@ -457,16 +458,16 @@ def test_whole_engine_brings_it_over_in_virtual_time(half: int, data: st.DataObj
     link=links,
     params=parameters,
     seed=seeds,
-    cut_after_s=st.floats(-0.1, 0.5),
+    cut=st.tuples(st.floats(-0.1, 0.5), st.booleans()),
 )
 def test_guest_runs_in_one_place_wherever_the_link_is_cut(
     profile: Profile,
     link: MemoryLinkParams,
     params: VirtualParams,
     seed: int,
-    cut_after_s: float,
+    cut: tuple[float, bool],
 ) -> None:
-    migration = Migration(calm(profile), link, params, seed, cut_after_s)
+    migration = Migration(calm(profile), link, params, seed, *cut)
     source, _ = migration.run()
     if source.status != "completed":
         assert source.error is not None

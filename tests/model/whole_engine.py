@@ -64,6 +64,7 @@ parameters: Final = st.builds(
     cache_bytes=st.sampled_from([0, 64 << 10, 64 * MIB]),
     run_for_s=st.sampled_from([0.0, 0.02]),
     processors=st.sampled_from([1, 4]),
+    streams=st.integers(1, 4),
 )
 LONGEST_S: Final = 120.0
 """Of virtual time: eight silences of a peer that is given up, one after the other."""
@@ -135,6 +136,7 @@ class Migration:
         seed: Of everything else.
         cut_after_s: When the link is cut, from the arrival of HELLO on, or, where it is below 0,
             before that, once there is a link; None = never.
+        cuts_one: Only the newest connection that there is then, not all.
         keeps: Where the source keeps the guest's memory, and the destination looks for some that
             it had kept; None = neither does.
         fate: What happened to that since the guest was born there.
@@ -147,6 +149,7 @@ class Migration:
     params: VirtualParams
     seed: int
     cut_after_s: float | None = None
+    cuts_one: bool = False
     keeps: Path | None = None
     fate: Fate = "whole"
     arrivals: int = 0
@@ -185,7 +188,7 @@ class Migration:
             hello_s = 0.001 + 4 * self.link.delay_ms / 1000
             await trio.sleep(max(0.0, hello_s + self.cut_after_s))
             await network.connected.wait()
-            for sock in network.sockets:
+            for sock in network.sockets[-1:] if self.cuts_one else network.sockets:
                 sock.cut()
 
     def _make_runs(self, source: Session, destination: Session) -> Runs:

@@ -20,9 +20,9 @@ from proto.limits import MAX_STREAMS
 from proto.link import messages as m
 from proto.link.connection import LinkConnection
 from proto.link.dispatch import encode_message
-from proto.link.frames import Frame, FrameType, encode_frame
+from proto.link.frames import FrameType, encode_frame
 from proto.link.messages import Message
-from proto.link.session import Event, LinkClosed, decode_join
+from proto.link.session import Event, LinkClosed
 from proto.link.state import LinkState, Role
 from tests.link_pair import (
     DIGEST,
@@ -32,7 +32,9 @@ from tests.link_pair import (
     TABLE,
     End,
     Pair,
+    arrival,
     feed,
+    join,
     welcome,
 )
 from tests.strategies import cuts, messages, same_message
@@ -55,32 +57,8 @@ def joined(streams: int, kind: m.CommitKind = m.CommitKind.HELD) -> Pair:
     """Both ends, with all connections open."""
     pair = greeted(streams, kind)
     for number in range(1, streams):
-        join(pair, number)
+        join(pair.src, pair.dst, number)
     return pair
-
-
-def join(pair: Pair, number: int) -> None:
-    wire = b"".join(pair.src.send(pair.src.join(number), number))
-    stranger = LinkConnection(Role.DESTINATION)
-    assert decode_join(arrival(stranger, wire)) == pair.src.join(number)
-    stranger.number = number
-    pair.dst.connections[number] = stranger
-    answer = pair.dst.admit(pair.src.join(number))
-    assert answer == m.Joined()
-    back = LinkConnection(Role.SOURCE, number)
-    pair.src.connections[number] = back
-    frame = arrival(back, b"".join(pair.dst.send(answer, number)))
-    assert pair.src.take_answer(frame) == m.Joined()
-
-
-def arrival(connection: LinkConnection, wire: bytes) -> Frame:
-    """The only frame in these bytes."""
-    connection.get_buffer()[: len(wire)] = wire
-    connection.buffer_updated(len(wire))
-    frame = connection.next_arrival()
-    assert isinstance(frame, Frame)
-    assert connection.next_arrival() is NEED_DATA
-    return frame
 
 
 def same(heard: Sequence[Event], said: Sequence[Message]) -> bool:
@@ -151,13 +129,16 @@ def test_a_cut_of_any_connection_is_told_once_and_what_came_is_heard(
 ) -> None:
     pair = joined(3)
     wires = [bytearray() for _ in range(3)]
+    whole = {0}
     for message, place in zip(STATE[:8], places, strict=False):
         wires[place] += b"".join(pair.src.send(message, place))
-    at = min(at, len(wires[cut]))
+        whole |= {len(wires[cut])}
     heard: list[Event] = []
     for number, wire in enumerate(wires):
         heard += feed(pair.dst, bytes(wire[:at] if number == cut else wire), number)
     assert same(heard, STATE[: len(heard)])
+    if min(at, len(wires[cut])) in whole:
+        pair.dst.put(b"\xd7PC", cut)  # it ends within a frame
     pair.dst.eof(cut)
     end = pair.dst.next_event()
     assert isinstance(end, LinkClosed)
@@ -166,6 +147,30 @@ def test_a_cut_of_any_connection_is_told_once_and_what_came_is_heard(
     if cut:  # last words still come over the first connection
         abort = m.Abort("cancelled", "", "source")
         assert feed(pair.dst, b"".join(pair.src.send(abort))) == [abort]
+
+
+def test_a_source_may_close_a_further_connection_behind_whole_frames() -> None:
+    pair = joined(3)
+    assert same(feed(pair.dst, b"".join(pair.src.send(TABLE, 1)), 1), [TABLE])
+    early = b"".join(pair.src.send(PAGES, 2))
+    late = b"".join(pair.src.send(m.RoundEnd(0), 1))
+    assert feed(pair.dst, late, 1) == []
+    pair.dst.eof(1)
+    assert pair.dst.next_event() is NEED_DATA
+    assert same(feed(pair.dst, early, 2), [PAGES, m.RoundEnd(0)])
+
+
+def test_a_source_that_closes_a_connection_without_its_frames_is_caught() -> None:
+    pair = joined(3)
+    assert same(feed(pair.dst, b"".join(pair.src.send(TABLE, 1)), 1), [TABLE])
+    pair.src.send(PAGES, 1)  # never arrives
+    for number in (0, 2):
+        wire = b"".join(pair.src.send(PAGES, number))
+        assert feed(pair.dst, wire, number) == []
+    pair.dst.eof(1)
+    assert pair.dst.next_event() is NEED_DATA
+    with pytest.raises(FrameError, match="link: expected sequence number 2"):
+        pair.dst.next_event()
 
 
 def test_a_cut_at_the_source_is_a_lost_link_until_everything_is_confirmed() -> None:
@@ -214,13 +219,13 @@ def forged(**values: object) -> m.Join:
 )
 def test_joins_that_are_not_wanted_change_nothing(wrong: m.Join, code: str) -> None:
     pair = greeted(3)
-    join(pair, 2)
+    join(pair.src, pair.dst, 2)
     account, state = dict(pair.dst.sent_bytes), pair.dst.state
     refused = pair.dst.admit(wrong)
     assert isinstance(refused, m.Refused)
     assert refused.code == code
     assert (pair.dst.sent_bytes, pair.dst.state) == (account, state)
-    join(pair, 1)
+    join(pair.src, pair.dst, 1)
     for number, message in enumerate(STATE):
         heard = feed(pair.dst, b"".join(pair.src.send(message, number % 3)), number % 3)
         assert same(heard, [message])
@@ -246,7 +251,7 @@ def test_joins_come_before_the_guest_stops_or_not_at_all(count: int) -> None:
 
 def test_joins_end_when_the_destination_says_so() -> None:
     pair = greeted(3)
-    join(pair, 1)
+    join(pair.src, pair.dst, 1)
     pair.dst.end_joining()
     refused = pair.dst.admit(forged(connection=2))
     assert isinstance(refused, m.Refused)
@@ -286,7 +291,7 @@ def test_a_source_joins_only_what_was_agreed_upon() -> None:
     pair = greeted(2)
     with pytest.raises(LocalProtocolError, match="not agreed upon"):
         pair.src.join(2)
-    join(pair, 1)
+    join(pair.src, pair.dst, 1)
     with pytest.raises(LocalProtocolError, match="cannot send JOIN"):
         pair.src.send(pair.src.join(1), 1)
 

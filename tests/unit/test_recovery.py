@@ -34,6 +34,7 @@ from migrate.state_file import (
 )
 from migrate.transport.channels import connect_tcp
 from migrate.transport.link import Link
+from migrate.transport.socket_stream import start_stream
 from proto.link import messages
 from proto.link.session import LinkSession
 from proto.link.state import Role
@@ -149,7 +150,7 @@ class Listening:
 
     async def link(self) -> Link:
         sock = await connect_tcp(await self.listens(), "it")
-        return Link(sock, LinkSession(Role.SOURCE), "it")
+        return Link(start_stream(sock, Role.SOURCE), LinkSession(Role.SOURCE), "it")
 
     async def ask(self, number: bytes = ID) -> tuple[Link, messages.Message | None]:
         link = await self.link()
@@ -197,7 +198,8 @@ async def test_strangers_learn_nothing_and_hold_nobody_up(tmp_path: Path) -> Non
             assert answer.code == "recovering"
             link.close()
             link = await listening.link()
-            await link._sock.sendmsg([memoryview(b"GET / HTTP/1.0\r\n\r\n")], [], 0)
+            link.stream.write([b"GET / HTTP/1.0\r\n\r\n"])
+            await link.stream.flush()
             link.close()
             with pytest.raises(PeerLostError):
                 await silent.receive()

@@ -1,0 +1,63 @@
+"""Further connections of a link: the source opens them, the destination waits for them a while."""
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from migrate.errors import MigrationError
+from migrate.transport.link import Link
+from migrate.transport.stream import LinkStream
+
+JOIN_S = 5.0
+"""From opening a connection to the answer; both are round trips."""
+
+JOINING_S = 10.0
+"""How long the destination takes further connections after WELCOME."""
+
+
+async def open_streams(link: Link, connect: Callable[[], Awaitable[LinkStream]]) -> list[str]:
+    """Source: open the connections that were agreed upon beside the first, all at once.
+
+    Args:
+        link: Greeted.
+        connect: Opens one.
+
+    Returns:
+        Why some could not be had, in words; the migration goes on without them.
+    """
+    assert link.session.welcome is not None, "there is an agreement"
+    missing: list[str] = []
+    async with trio.open_nursery() as nursery:
+        for number in range(1, link.session.welcome.streams):
+            nursery.start_soon(_open_one, link, number, connect, missing)
+    return sorted(missing)
+
+
+async def _open_one(
+    link: Link,
+    number: int,
+    connect: Callable[[], Awaitable[LinkStream]],
+    missing: list[str],
+) -> None:
+    stream: LinkStream | None = None
+    why = f"no answer within {JOIN_S:.0f} s"
+    joined = False
+    try:
+        with trio.move_on_after(JOIN_S):
+            stream = await connect()
+            refused = await link.join(stream, number)
+            joined = refused is None
+            why = "" if refused is None else refused.message
+    except MigrationError as error:
+        why = str(error)
+    finally:
+        if stream is not None and not joined:
+            stream.close()
+    if not joined:
+        missing.append(f"connection {number} of --streams could not be opened: {why}")
+
+
+async def end_joining(link: Link) -> None:
+    """Destination: run as a task after WELCOME; takes further connections no longer than that."""
+    await trio.sleep(JOINING_S)
+    link.session.end_joining()
