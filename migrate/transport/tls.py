@@ -22,6 +22,7 @@ from migrate.transport.channels import (
     LinkSocket,
     reason,
 )
+from migrate.transport.tls_channel import TlsChannel, first_bytes
 from migrate.transport.tls_texts import (
     NAME_MISMATCH,
     alert_name,
@@ -190,7 +191,7 @@ class TlsSocket:
     ) -> int:
         """Send some of the buffers in order; returns how many bytes."""
         if not self._encrypted_bytes:
-            piece = _first_bytes(buffers, self._piece_bytes)
+            piece = first_bytes(buffers, self._piece_bytes)
             try:
                 self._encrypted_bytes = self._tls.write(piece)
             except ssl.SSLError as error:
@@ -251,6 +252,16 @@ class TlsSocket:
         self._incoming.write(self._buffer[:count])
         return count
 
+    def for_threads(self) -> TlsChannel | None:
+        """Hand the connection over to threads; None where it is none of the kernel's.
+
+        After this only the channel may be used.
+        """
+        if not isinstance(self._sock, trio.socket.SocketType):
+            return None
+        below = socket.socket(fileno=self._sock.detach())
+        return TlsChannel(below, self._tls, self._incoming, self._outgoing)
+
     def setsockopt(self, level: int, option: int, value: int, /) -> None:
         """Tune the TCP connection below, in its own bytes."""
         if (level, option) == (socket.SOL_SOCKET, socket.SO_RCVLOWAT):
@@ -267,15 +278,3 @@ class TlsSocket:
     def close(self) -> None:
         """Close both directions."""
         self._sock.close()
-
-
-def _first_bytes(buffers: Iterable[memoryview], most: int) -> memoryview | bytes:
-    """The first bytes of a gather list, joined: small records would cost more than the copy."""
-    parts: list[memoryview] = []
-    for buffer in buffers:
-        part = buffer.cast("B")[:most]
-        parts.append(part)
-        most -= len(part)
-        if not most:
-            break
-    return parts[0] if len(parts) == 1 else b"".join(parts)
