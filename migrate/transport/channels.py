@@ -33,6 +33,14 @@ TCP_NOTSENT_LOWAT = 25
 Buffer = bytes | bytearray | memoryview
 
 
+class Tunable(Protocol):
+    """A connection's options."""
+
+    def setsockopt(self, level: int, option: int, value: int, /) -> None:
+        """Tune the connection; what is not known is ignored or an ``OSError``."""
+        ...
+
+
 class LinkSocket(Protocol):
     """What the link needs of a connection: of trio's sockets, which do it, or of others."""
 
@@ -108,7 +116,7 @@ def take_off(views: list[memoryview], n_bytes: int) -> None:
         views[0] = views[0][n_bytes:]
 
 
-def tune_link(sock: LinkSocket | socket.socket) -> None:
+def tune_link(sock: "Tunable") -> None:
     """Set a link connection up for small latency: no delays, no deep kernel queue."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, LINK_NOTSENT_BYTES)

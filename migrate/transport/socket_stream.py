@@ -27,6 +27,8 @@ from migrate.transport.channels import (
     tune_link,
 )
 from migrate.transport.stream import DISCARD_BYTES, LinkStream, TaskStream
+from migrate.transport.tls import TlsSocket
+from migrate.transport.tls_channel import TlsChannel
 from proto.link.connection import LinkConnection
 from proto.link.state import Role
 
@@ -49,7 +51,7 @@ SIOCOUTQNSD = 0x894B
 class SocketStream(LinkStream):
     """A connection on a TCP socket; see ``LinkStream``."""
 
-    def __init__(self, sock: socket.socket, connection: LinkConnection) -> None:
+    def __init__(self, sock: socket.socket | TlsChannel, connection: LinkConnection) -> None:
         """Take over ``sock``, which becomes a blocking one."""
         super().__init__(connection)
         tune_link(sock)
@@ -236,6 +238,8 @@ def start_stream(sock: LinkSocket, role: Role) -> LinkStream:
         role: Which end this is.
     """
     connection = LinkConnection(role)
+    if isinstance(sock, TlsSocket) and (channel := sock.for_threads()) is not None:
+        return SocketStream(channel, connection).start()
     if isinstance(sock, trio.socket.SocketType):
         return SocketStream(plain(sock), connection).start()
     return TaskStream(sock, connection).start()

@@ -1,9 +1,9 @@
-"""TLS on a connection of the link, in the trio thread and in large pieces.
+"""TLS on a connection of the link: the handshake, and a connection for tasks, in large pieces.
 
 OpenSSL works on memory here (two ``MemoryBIO``), never on the socket: a piece of the gather list is
 encrypted at once and sent with one call, and ciphertext is received as the kernel has it and
-decrypted into the caller's memory. That takes 0.3 ms a MiB and end, most of it AES; a thread for it
-would add hops and something that can hang, and gains nothing while one processor does 2 GB/s.
+decrypted into the caller's memory. That takes 0.3 ms a MiB and end, most of it AES. Threads that
+have a connection for themselves go on with ``tls_channel``.
 """
 
 import errno
