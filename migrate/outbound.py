@@ -131,7 +131,9 @@ class Outbound:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read, to_classify, pending)
             nursery.start_soon(self._classify_all, read, nursery)
+            nursery.start_soon(self._follow_switchover)
             await self.sender.run()
+            nursery.cancel_scope.cancel()
 
     # --- read ---------------------------------------------------------------------------------
 
@@ -142,14 +144,23 @@ class Outbound:
         async with out:
             while True:
                 if any(isinstance(event, Switchover) for event in events):
-                    self.state.switchover_at_ns = self._runtime.now_ns()
-                    self.sender.backlog.raise_limit(STOPPED_BACKLOG_BYTES)
+                    self._guest_stopped()
                 if events:
                     self._copies.keep(events)
                     await out.send(events)
                 if events and isinstance(events[-1], End):
                     return
                 events = await self._guest.next_events(self._burst_bytes())
+
+    async def _follow_switchover(self) -> None:
+        await self._guest.wait_switchover()
+        self._guest_stopped()
+
+    def _guest_stopped(self) -> None:
+        """From here on the guest waits, and so the source QEMU must not."""
+        if self.state.switchover_at_ns is None:
+            self.state.switchover_at_ns = self._runtime.now_ns()
+            self.sender.backlog.raise_limit(STOPPED_BACKLOG_BYTES)
 
     def _burst_bytes(self) -> int:
         estimate = self.sender.consumed_estimate()

@@ -19,6 +19,9 @@ from migrate.units import GIB, KIB, MIB, size_text
 from proto.guest_events import PAGE_SIZE
 from proto.limits import MAX_STREAMS
 
+MAX_LOCAL_CHANNELS: Final = 64
+"""QEMU takes up to 255; each costs it and us a thread and memory for a packet or two."""
+
 MAX_CACHE_BYTES: Final = 64 * GIB
 """Slot numbers are 32-bit; and a cache larger than this is a typing mistake."""
 
@@ -250,6 +253,8 @@ class SourceParams:
         gateway_mode: Permission bits of the unix gateway socket.
         downtime_limit_ms: How long the guest may stand still.
         max_bandwidth_bps: Bytes per second on the link; ``None`` = as much as it takes.
+        local_channels: Connections beside the main one over which a QEMU driven by QMP gives its
+            pages; 0 = none, None = as it is best.
         streams: Connections of the link, 1 to ``MAX_STREAMS``.
         compress: Codec of page content.
         cache_bytes: RAM for the page cache, on each side, or at the source alone where pages land;
@@ -281,6 +286,7 @@ class SourceParams:
     downtime_limit_ms: int = 300
     max_bandwidth_bps: int | None = None
     streams: int = 1
+    local_channels: int | None = None
     compress: Compress = Compress()
     cache_bytes: int = DEFAULT_CACHE_BYTES
     balloon_bytes: int | None = None
@@ -353,6 +359,14 @@ class SourceParams:
             raise ParamsError(
                 f"expected --max-bandwidth of at least 100kbit, got {bandwidth} B/s"
             )
+        if self.local_channels is not None:
+            if not 0 <= self.local_channels <= MAX_LOCAL_CHANNELS:
+                raise ParamsError(
+                    f"expected --local-channels auto or 0 to {MAX_LOCAL_CHANNELS}, "
+                    f"got {self.local_channels}"
+                )
+            if self.qmp is None:
+                raise ParamsError("--local-channels needs --qmp: a gateway takes what comes")
         if not 1 <= self.streams <= MAX_STREAMS:
             raise ParamsError(f"expected --streams from 1 to {MAX_STREAMS}, got {self.streams}")
         _check_cache(self.cache_bytes, "--cache")

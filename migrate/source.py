@@ -153,6 +153,8 @@ class SourceRun:
                     run_dir,
                     downtime_limit_ms=told_ms,
                     step_s=params.timeouts.qemu_s,
+                    channels_wish=params.local_channels,
+                    warn=self._session.warn,
                 ) as source,
             ):
                 yield source
@@ -378,6 +380,7 @@ class SourceRun:
             session.enter("precopy")
             session.builder.setup_done(self._runtime.now_ns())
             await guest.start()
+            session.builder.report.local_channels = guest.local_channels
             await outbound.run(pending)
             session.enter("handover")
             await handover.hand_over()

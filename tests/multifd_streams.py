@@ -6,7 +6,7 @@ As in ``tests.qemu_streams``, numbers are written out: this is the second opinio
 import random
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import zstandard  # noqa: TID251  the second opinion on channels that QEMU compressed
 from hypothesis import strategies as st
@@ -227,7 +227,8 @@ def read(
                 count = receive(data[:limit], reader.get_buffer, reader.buffer_updated)
                 channels[i - 1], moved = (reader, data[count:]), True
         complete = main.at_sync and all(reader.at_sync for reader, _ in channels)
-        intervals[-1] += stream.take(from_main)
+        # As they are now: what is received later must not show in them.
+        intervals[-1] += [_copied(event) for event in stream.take(from_main)]
         if complete:
             intervals.append([])
             moved = True
@@ -236,12 +237,17 @@ def read(
     return intervals
 
 
+def _copied(event: GuestEvent) -> GuestEvent:
+    return replace(event, data=event.data.copy()) if isinstance(event, PageRun) else event
+
+
 def pages_of(events: Sequence[GuestEvent], names: Sequence[str]) -> Interval:
     """The pages of one interval's events, sorted."""
-    return sorted(_pages(events, names))
+    return sorted(pages_in(events, names))
 
 
-def _pages(events: Sequence[GuestEvent], names: Sequence[str]) -> Iterator[Page]:
+def pages_in(events: Sequence[GuestEvent], names: Sequence[str]) -> Iterator[Page]:
+    """The pages of these events, in order."""
     for event in events:
         if isinstance(event, PageRun):
             for page, content in zip(event.pages.tolist(), event.data, strict=True):

@@ -114,6 +114,11 @@ def _add_source_limits(parser: argparse.ArgumentParser) -> None:
         help=f"connections to the destination, 1 to {MAX_STREAMS}; pages are striped over them",
     )  # fmt: skip
     group.add_argument(
+        "--local-channels", metavar="N", type=checked(_parse_channels), default="auto",
+        help="connections beside the main one that the source QEMU gives its pages over "
+        "(multifd), 0 for none; auto decides by its version",
+    )  # fmt: skip
+    group.add_argument(
         "--compress", metavar="CODEC", type=checked(Compress.parse), default="auto",
         help="auto, none, lz4 or zstd[:LEVEL]; auto follows link and processor",
     )  # fmt: skip
@@ -248,6 +253,7 @@ def parse_source(argv: Sequence[str]) -> SourceParams:
             downtime_limit_ms=options.downtime_limit,
             max_bandwidth_bps=options.max_bandwidth,
             streams=options.streams,
+            local_channels=options.local_channels,
             compress=options.compress,
             cache_bytes=options.cache,
             balloon_bytes=options.balloon,
@@ -344,6 +350,14 @@ def _parse_profile(text: str) -> Profile:
     except ParamsError as error:
         raise ParamsError(f"profile {text}: {error}") from error
     return profile
+
+
+def _parse_channels(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"expected a number or auto, got '{text}'")
+    return int(text)
 
 
 def _parse_owner(text: str) -> tuple[int, int]:

@@ -103,6 +103,14 @@ class SourceGuest(Protocol):
     name: str
     place: QemuPlace
 
+    @property
+    def local_channels(self) -> int | None:
+        """Multifd channels that pages come over, 0 for none, known after ``start``.
+
+        None where there is no QEMU.
+        """
+        ...
+
     async def facts(self) -> Facts:
         """Collect facts about the machine for the comparison."""
         ...
@@ -113,6 +121,13 @@ class SourceGuest(Protocol):
 
     async def next_events(self, burst_bytes: int) -> list[GuestEvent]:
         """Wait for the next events, at least one, of about ``burst_bytes`` at most."""
+        ...
+
+    async def wait_switchover(self) -> None:
+        """Return when the guest stands still for the switchover, before its events say so.
+
+        For ever where they say so at once.
+        """
         ...
 
     async def answer(self, message: bytes) -> None:

@@ -6,7 +6,7 @@ answer on the return path, to read slower, or to close the stream.
 
 import contextlib
 import logging
-import socket
+import select
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +17,8 @@ from migrate.errors import GuestError, GuestOn, QemuStreamBrokenError
 from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
 from migrate.link_security import is_loopback
 from migrate.params import LinkAddress, SocketAddress, UnixAddress
-from migrate.qemu.local_hop import IncomingHop
+from migrate.qemu.local_hop import brings
+from migrate.qemu.multifd_hop import MultifdHop
 from migrate.rings import RingLayout
 from migrate.timeouts import DEFAULTS
 from migrate.transport.channels import listen
@@ -36,6 +37,9 @@ READ_OUT_BYTES = 1 << 20
 
 STRANGER_S = 5.0
 """QEMU says what a connection is with the first bytes, at once."""
+
+KNOWN_S = 0.05
+"""The same where the bytes are here already, if it is QEMU's."""
 
 END_S = DEFAULTS.qemu_s
 """From SHUT to the end of file of the source's stream takes QEMU moments."""
@@ -59,7 +63,11 @@ class GatewaySource:
         self._listener = listener
         self._step_s = step_s
         self.uri = uri
-        self._hop: IncomingHop | None = None
+        self._hop: MultifdHop | None = None
+        self._strangers: list[trio.socket.SocketType] = []
+        self._main: trio.socket.SocketType | None = None
+        self._main_came = trio.Event()
+        self._channels: list[trio.socket.SocketType] = []
         self._end_seen = False
         self._let_go = False
         self.return_path = False
@@ -74,32 +82,53 @@ class GatewaySource:
 
         Returns:
             The events read: up to the RAM block list, or what cannot be understood.
-
-        Raises:
-            GuestError: QEMU opened a second connection: with multifd no RAM block list comes on
-                the first one before the others are taken.
         """
-        self._hop = IncomingHop(await self._accept_qemu())
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.refuse_more_connections)
+            nursery.start_soon(self._accept_all)
+            await self._main_came.wait()
+            assert self._main is not None
+            self._hop = MultifdHop(self._main)
             events = await self._read_header()
             nursery.cancel_scope.cancel()
+        await self._settle(self._hop)
         return events
 
-    async def _accept_qemu(self) -> trio.socket.SocketType:
-        """Accept connections until one brings a migration stream; strangers are turned away."""
-        while True:
-            sock, _ = await self._listener.accept()
-            adopted = False
-            try:
-                with trio.move_on_after(STRANGER_S), contextlib.suppress(OSError):
-                    adopted = await _brings(sock, MAGIC)
-            finally:
-                if not adopted:
-                    sock.close()
-            if adopted:
-                return sock
+    async def _accept_all(self) -> None:
+        """Accept whatever connects: with multifd a source makes all connections at its start."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                sock, _ = await self._listener.accept()
+                self._strangers.append(sock)
+                nursery.start_soon(self._get_to_know, sock, STRANGER_S)
+
+    async def _get_to_know(self, sock: trio.socket.SocketType, patience_s: float) -> None:
+        """Learn from its first bytes what a connection is; strangers are turned away."""
+        is_main = is_channel = False
+        with trio.move_on_after(patience_s), contextlib.suppress(OSError):
+            is_main = self._main is None and await brings(sock, MAGIC)
+            is_channel = not is_main and await brings(sock, MULTIFD_MAGIC)
+        self._strangers.remove(sock)
+        if is_main and self._main is None:
+            self._main = sock
+            self._main_came.set()
+        elif is_channel:
+            self._channels.append(sock)
+        else:
+            sock.close()
             logger.warning("turned away a connection to the gateway %s: no QEMU", self.uri)
+
+    async def _settle(self, hop: MultifdHop) -> None:
+        """Take the channels: QEMU had made them all before it wrote the end of the block list."""
+        queue = select.poll()
+        queue.register(self._listener, select.POLLIN)
+        while queue.poll(0):
+            sock, _ = await self._listener.accept()
+            self._strangers.append(sock)
+        for sock in [*self._strangers]:
+            await self._get_to_know(sock, KNOWN_S)
+        for sock in self._channels:
+            hop.add_channel(sock)
+        hop.settle()
 
     async def _read_header(self) -> list[GuestEvent]:
         events: list[GuestEvent] = []
@@ -121,23 +150,29 @@ class GatewaySource:
     async def read_physical(self, address: int, length: int) -> bytes | None:
         """There is no monitor to ask."""
 
+    @property
+    def local_channels(self) -> int:
+        """As the base says."""
+        return self._hop.channel_count if self._hop is not None else 0
+
     async def start(self) -> None:
         """Nothing to do: events flow as soon as they are read."""
 
     async def refuse_more_connections(self) -> None:
-        """Run beside the migration: with multifd pages go over further connections.
+        """Run beside the migration: what connects now has nothing to do with it.
 
         A stranger's connection to the port is closed and changes nothing.
 
         Raises:
-            GuestError: A multifd connection came.
+            GuestError: A multifd channel came after those that are known: its pages have no place
+                in the order any more.
         """
         while True:
             sock, _ = await self._listener.accept()
             with sock, trio.move_on_after(STRANGER_S), contextlib.suppress(OSError):
-                if await _brings(sock, MULTIFD_MAGIC):
+                if await brings(sock, MULTIFD_MAGIC):
                     raise GuestError(
-                        "the source QEMU opened a second connection: "
+                        "the source QEMU opened a connection in the middle of the migration: "
                         "switch the capability multifd off"
                     )
             logger.warning("turned away another connection to the gateway %s", self.uri)
@@ -151,7 +186,7 @@ class GatewaySource:
                 case Opaque(OpaqueKind.OPEN_RETURN_PATH):
                     self.return_path = True
                 case Switchover():
-                    self.stopped_at_ns = time.monotonic_ns()
+                    self.stopped_at_ns = self._hop.switchover_after_ns or time.monotonic_ns()
                 case End():
                     await self._see_end()
         return events
@@ -169,6 +204,10 @@ class GatewaySource:
                 "is not known; look at its monitor",
                 guest_on=GuestOn.UNKNOWN,
             )
+
+    async def wait_switchover(self) -> None:
+        """The events say it."""
+        await trio.sleep_forever()
 
     async def answer(self, message: bytes) -> None:
         """Send a return path message to QEMU, if it listens to any."""
@@ -214,7 +253,7 @@ class GatewaySource:
         completed: bool | None = self._let_go
         if not self.return_path:
             completed = await self._read_out()
-        self._hop.reset()
+        await self._hop.call_off()
         if completed is None:
             text = "whether the source QEMU has completed is not known; look at its monitor"
             return Whereabouts(GuestOn.UNKNOWN, text)
@@ -253,15 +292,6 @@ class GatewaySource:
 
     async def finish(self, *, quit_guest: bool) -> None:
         """Nothing: the source QEMU belongs to somebody else."""
-
-
-async def _brings(sock: trio.socket.SocketType, magic: bytes) -> bool:
-    """Whether the peer's first bytes are these; they are left to be read."""
-    while True:
-        data = await sock.recv(len(magic), socket.MSG_PEEK)
-        if len(data) == len(magic) or not magic.startswith(data) or not data:
-            return data == magic
-        await trio.sleep(0.01)  # the rest is on its way; peeking again would not wait for it
 
 
 @asynccontextmanager

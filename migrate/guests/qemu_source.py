@@ -5,8 +5,9 @@ paused at the end until we answer SHUT, and resumes it by itself when we close t
 """
 
 import contextlib
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -25,10 +26,14 @@ from migrate.errors import (
 from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
 from migrate.params import UnixAddress
 from migrate.qemu import preflight, queries, virtio_queries
+from migrate.qemu.local_channels import LocalChannels, choose_channels
 from migrate.qemu.local_hop import IncomingHop
+from migrate.qemu.machine_facts import MachineFacts
+from migrate.qemu.multifd_hop import MultifdHop, accept_multifd
 from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
-from migrate.qemu.settings import changed_settings
+from migrate.qemu.queries import Capability
+from migrate.qemu.settings import ChangedSettings, changed_settings
 from migrate.rings import RingLayout
 from migrate.timeouts import DEFAULTS
 from migrate.transport.channels import listen
@@ -36,11 +41,16 @@ from proto.guest_events import GuestEvent
 from proto.qemu.return_path import shut
 from proto.qemu.virtio import virtio_devices
 
+logger = logging.getLogger(__name__)
+
 UNLIMITED_BYTES_PER_S = 2**63 - 1 - 2**20
 """QEMU's own rate limit is lifted: the link, through our window, is the only brake."""
 
 CONNECT_S = 10.0
 """QEMU connects to our socket within milliseconds, or not at all."""
+
+CANCEL_S = 5.0
+"""A QEMU whose stream is read is cancelled within moments; then its connections are cut."""
 
 END_S = DEFAULTS.qemu_s
 """QEMU needs moments from SHUT to ``completed``, and from a closed stream to a running guest."""
@@ -72,23 +82,40 @@ change who decides about the switchover."""
 
 
 class QemuSource:
-    """See ``migrate.guests.base.SourceGuest``."""
+    """See ``migrate.guests.base.SourceGuest``.
+
+    Attributes:
+        settings: Ours, until the user's come back.
+    """
 
     form = "qmp"
     return_path = True
     virtio_devices = staticmethod(virtio_devices)
 
     def __init__(
-        self, client: QmpClient, run_dir: Path, name: str, *, step_s: float = END_S
+        self,
+        client: QmpClient,
+        run_dir: Path,
+        name: str,
+        *,
+        channels_wish: int | None = None,
+        warn: Callable[[str], None] = logger.warning,
+        step_s: float = END_S,
     ) -> None:
         self._client = client
         self._step_s = step_s
         self._socket_path = run_dir / "from-qemu.sock"
         self._hop: IncomingHop | None = None
+        self.settings: ChangedSettings | None = None
+        self._facts: MachineFacts | None = None
+        self._channels_wish = channels_wish
+        self._switchover_seen = trio.Event()
         self._powered_off = False
         self._paused_by_user = False
         self._switched_over = False
         self._let_go = False
+        self._warn = warn
+        self._channels = LocalChannels(0)
         self.name = name
         self.place = QemuPlace(client.path.absolute(), ProcessMark.of(client.peer_pid))
         self.was_running: bool | None = None
@@ -96,7 +123,7 @@ class QemuSource:
 
     async def facts(self) -> Facts:
         """Ask the monitor; see ``migrate.qemu.preflight``."""
-        facts = await preflight.collect_facts(self._client)
+        self._facts = facts = await preflight.collect_facts(self._client)
         version = str(queries.version_of(self._client))
         return Facts(facts.to_dict(), qemu_version=version, vm_id=facts.uuid)
 
@@ -119,12 +146,17 @@ class QemuSource:
         Raises:
             GuestError: QEMU refused, or did not connect.
         """
+        await self._choose_channels()
         listener = await listen(UnixAddress(self._socket_path), "the source QEMU")
         try:
-            await queries.migrate(self._client, f"unix:{self._socket_path}")
-            with trio.move_on_after(CONNECT_S):
-                sock, _ = await listener.accept()
-                self._hop = IncomingHop(sock)
+            # Not to be cancelled in between: 7.2 hangs if it finds nobody for one of its channels.
+            with trio.move_on_after(CONNECT_S, shield=True):
+                await queries.migrate(self._client, f"unix:{self._socket_path}")
+                if self._channels.count:
+                    self._hop = await accept_multifd(listener, self._channels.count)
+                else:
+                    sock, _ = await listener.accept()
+                    self._hop = IncomingHop(sock)
                 return
             status = await queries.query_migrate(self._client)
             why = status.error_desc or status.status
@@ -132,6 +164,36 @@ class QemuSource:
         finally:
             listener.close()
             self._socket_path.unlink(missing_ok=True)
+
+    @property
+    def local_channels(self) -> int:
+        """As the base says."""
+        return self._channels.count
+
+    async def _choose_channels(self) -> None:
+        """Switch multifd on if it is to be used; it cannot be changed later."""
+        settings, facts, wish = self.settings, self._facts, self._channels_wish
+        if settings is None or facts is None:
+            return
+        known = await queries.query_capabilities(self._client)
+        types = [device.qom_type for device in facts.devices]
+        version = queries.version_of(self._client).number
+        channels = choose_channels(wish, version, known, types)
+        if channels.count:
+            try:
+                await self._set_channels(settings, channels)
+            except QmpCommandError as error:
+                await settings.set_capabilities({Capability.MULTIFD: False})
+                channels = LocalChannels(0, f"QEMU refuses multifd: {error.desc}")
+        self._channels = channels
+        if channels.refusal and wish is not None:
+            self._warn(f"--local-channels {wish}: the main connection only, {channels.refusal}")
+
+    async def _set_channels(self, settings: ChangedSettings, channels: LocalChannels) -> None:
+        known = await queries.query_parameters(self._client)
+        ours = {name: value for name, value in channels.settings.items() if name in known}
+        await settings.set_parameters(ours)
+        await settings.set_capabilities({Capability.MULTIFD: True})
 
     async def next_events(self, burst_bytes: int) -> list[GuestEvent]:
         """As the base says; a guest that powers off is told apart from a broken stream."""
@@ -216,6 +278,9 @@ class QemuSource:
 
     async def go_on(self) -> Whereabouts:
         """Close the stream, cancel, and see that the guest is as it was before."""
+        if isinstance(self._hop, MultifdHop):
+            with trio.move_on_after(CANCEL_S):
+                await self._cancel_reading(self._hop)
         if self._hop is not None:
             self._hop.close()
         if self._powered_off:
@@ -238,6 +303,17 @@ class QemuSource:
         except trio.TooSlowError:
             text = f"{self.name} does not answer; ask 'info status' in its monitor"
             return Whereabouts(GuestOn.UNKNOWN, text)
+
+    async def _cancel_reading(self, hop: MultifdHop) -> None:
+        """Cancel while QEMU can still write on all channels: see ``MultifdHop.discard``."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hop.discard)
+            with (
+                contextlib.suppress(MigrationError),
+                self._client.listen("MIGRATION") as events,
+            ):
+                await self._cancel(events)
+            nursery.cancel_scope.cancel()
 
     async def _cancel(self, events: EventListener) -> None:
         status = await queries.query_migrate(self._client)
@@ -269,6 +345,10 @@ class QemuSource:
         if quit_guest and not self._client.is_closed:
             await queries.quit_qemu(self._client)
 
+    async def wait_switchover(self) -> None:
+        """As the base says: QEMU's STOP event comes before the stream shows anything."""
+        await self._switchover_seen.wait()
+
     async def watch(self, events: EventListener) -> None:
         """Follow the guest's stops and its end; runs as a task as long as the monitor is open."""
         with contextlib.suppress(QmpInterruptedError):
@@ -284,6 +364,8 @@ class QemuSource:
                 elif event.name == "STOP":
                     self.stopped_at_ns = _monotonic_ns(event.timestamp_us)
                     await self._who_stopped()
+                    if self.stopped_at_ns is not None:
+                        self._switchover_seen.set()
 
     async def _who_stopped(self) -> None:
         """Tell a user's stop from QEMU's own, which may hold QEMU's main lock for a while."""
@@ -303,7 +385,13 @@ def _monotonic_ns(timestamp_us: int | None) -> int:
 
 @asynccontextmanager
 async def open_qemu_source(
-    qmp: Path, run_dir: Path, *, downtime_limit_ms: int, step_s: float = END_S
+    qmp: Path,
+    run_dir: Path,
+    *,
+    downtime_limit_ms: int,
+    channels_wish: int | None = None,
+    warn: Callable[[str], None] = logger.warning,
+    step_s: float = END_S,
 ) -> AsyncIterator[QemuSource]:
     """Attach to a running QEMU; its own settings are restored on every way out.
 
@@ -311,6 +399,8 @@ async def open_qemu_source(
         qmp: Its QMP socket.
         run_dir: Private directory for the stream's socket.
         downtime_limit_ms: What QEMU is told; at least 1 (0 makes 7.2 switch without a last sync).
+        channels_wish: Multifd channels that its pages shall come over, None = as it is best.
+        warn: Told why that wish cannot be granted.
         step_s: How long it may take to end its migration, or to let the guest go on.
 
     Raises:
@@ -318,7 +408,10 @@ async def open_qemu_source(
         GuestError: The QEMU is not in a state to migrate.
     """
     async with open_qmp(qmp) as client:
-        source = QemuSource(client, run_dir, f"the source QEMU ({qmp})", step_s=step_s)
+        name = f"the source QEMU ({qmp})"
+        source = QemuSource(
+            client, run_dir, name, channels_wish=channels_wish, warn=warn, step_s=step_s
+        )
         state = await queries.query_run_state(client)
         if state.status in ("inmigrate", "postmigrate", "shutdown", "internal-error"):
             raise GuestError(f"{source.name} cannot migrate: its run state is '{state.status}'")
@@ -332,7 +425,7 @@ async def open_qemu_source(
             "max-bandwidth": UNLIMITED_BYTES_PER_S,
             "downtime-limit": max(1, downtime_limit_ms),
         }
-        async with changed_settings(client, wanted, parameters):
+        async with changed_settings(client, wanted, parameters) as source.settings:
             with client.listen("STOP", "RESUME", "SHUTDOWN") as events:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(source.watch, events)

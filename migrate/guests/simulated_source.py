@@ -77,6 +77,7 @@ class SimulatedSource:
     form = "simulate"
     return_path = True
     place = QemuPlace()
+    local_channels = None
 
     def __init__(
         self,
@@ -277,6 +278,10 @@ class SimulatedSource:
     def _end(self) -> list[GuestEvent]:
         state = self.guest.save(self._service.to_state())
         return [DeviceState(state), End("running")]
+
+    async def wait_switchover(self) -> None:
+        """The events say it."""
+        await trio.sleep_forever()
 
     async def answer(self, message: bytes) -> None:
         """Nothing: only a QEMU has a return path."""

@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import trio
 
@@ -31,6 +31,28 @@ PIECE_TIMEOUT = struct.pack("ll", 0, 2000)
 LINGER_NOT = struct.pack("ii", 1, 0)
 
 
+@contextlib.contextmanager
+def stream_errors() -> Iterator[None]:
+    """Tell what a source QEMU sent wrongly, or stopped sending, as its stream's end."""
+    try:
+        yield
+    except QemuStreamError as error:
+        raise QemuStreamBrokenError(f"the source QEMU's stream: {error}") from error
+    except OSError as error:
+        raise QemuStreamBrokenError(
+            f"the source QEMU's stream broke: {reason(error)}"
+        ) from error
+
+
+async def brings(sock: trio.socket.SocketType, magic: bytes) -> bool:
+    """Whether the peer's first bytes are these; they are left to be read."""
+    while True:
+        data = await sock.recv(len(magic), socket.MSG_PEEK)
+        if len(data) == len(magic) or not magic.startswith(data) or not data:
+            return data == magic
+        await trio.sleep(0.01)  # the rest is on its way; peeking again would not wait for it
+
+
 class IncomingHop:
     """The source QEMU's stream as events.
 
@@ -38,9 +60,11 @@ class IncomingHop:
         bytes_received: Stream bytes read so far.
     """
 
-    def __init__(self, sock: trio.socket.SocketType) -> None:
+    def __init__(
+        self, sock: trio.socket.SocketType, reader: StreamReader | None = None
+    ) -> None:
         self._sock = sock
-        self._reader = StreamReader()
+        self._reader = reader or StreamReader()
         self._reading = trio.CapacityLimiter(1)
         self._blocking = socket.socket(fileno=os.dup(sock.fileno()))
         # The thread's receive waits for a full piece, but not longer than a guest may be kept
@@ -59,18 +83,12 @@ class IncomingHop:
             QemuStreamBrokenError: QEMU closed the stream early, or sent what cannot be carried.
         """
         events: list[GuestEvent] = []
-        try:
-            while not events:
-                await trio.lowlevel.wait_readable(self._sock)
+        while not events:
+            await trio.lowlevel.wait_readable(self._sock)
+            with stream_errors():
                 events = await trio.to_thread.run_sync(
                     self._drain, burst_bytes, limiter=self._reading
                 )
-        except QemuStreamError as error:
-            raise QemuStreamBrokenError(f"the source QEMU's stream: {error}") from error
-        except OSError as error:
-            raise QemuStreamBrokenError(
-                f"the source QEMU's stream broke: {reason(error)}"
-            ) from error
         return events
 
     def _drain(self, burst_bytes: int) -> list[GuestEvent]:
@@ -89,7 +107,7 @@ class IncomingHop:
                 self._reader.feed_eof()
             while (event := self._reader.next_event()) is not NEED_DATA:
                 events.append(event)
-            if count < len(buffer):
+            if count < len(buffer) or self._reader.at_sync:
                 break
         return events
 
@@ -133,11 +151,15 @@ class IncomingHop:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def reset(self) -> None:
+    async def call_off(self) -> None:
         """Close the stream so that a QEMU which only writes notices at once, also over TCP."""
+        self._reset_main()
+        await trio.lowlevel.checkpoint()
+
+    def _reset_main(self) -> None:
         with contextlib.suppress(OSError):
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)
-        self.close()
+        IncomingHop.close(self)
 
     def close(self) -> None:
         """Close the stream; before SHUT this makes the source QEMU resume its guest."""

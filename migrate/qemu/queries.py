@@ -34,6 +34,7 @@ class Capability(enum.StrEnum):
     SWITCHOVER_ACK = "switchover-ack"
     AUTO_CONVERGE = "auto-converge"
     MULTIFD = "multifd"
+    DIRTY_BITMAPS = "dirty-bitmaps"
     X_IGNORE_SHARED = "x-ignore-shared"
 
 
@@ -44,6 +45,8 @@ class Parameter(enum.StrEnum):
     MAX_BANDWIDTH_BYTES_PER_S = "max-bandwidth"
     AVAIL_SWITCHOVER_BANDWIDTH_BYTES_PER_S = "avail-switchover-bandwidth"
     MULTIFD_CHANNELS = "multifd-channels"
+    MULTIFD_COMPRESSION = "multifd-compression"
+    ZERO_PAGE_DETECTION = "zero-page-detection"
     CPU_THROTTLE_INITIAL_PERCENT = "cpu-throttle-initial"
     CPU_THROTTLE_INCREMENT_PERCENT = "cpu-throttle-increment"
     MAX_CPU_THROTTLE_PERCENT = "max-cpu-throttle"

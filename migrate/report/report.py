@@ -242,6 +242,7 @@ class Report:
     opaque_rest: str | None = None
     landed: list[str] | None = None
     qemu_version: str | None = None
+    local_channels: int | None = None
     ram_bytes: int = 0
     setup_ms: float | None = None
     total_ms: float = 0.0

@@ -48,18 +48,22 @@ class _Batches:
         self._memory = np.empty((MAX_RUN_PAGES, PAGE_SIZE), np.uint8)
         self._start = 0
 
-    def room(self, block: int, pages: Pages) -> NDArray[np.uint8]:
-        """Rows for the contents of these pages, ascending; they count as added."""
-        ascends = self._block == block and bool(self._pages) and pages[0] > self._pages[-1][-1]
-        if not ascends or self._start + self._count + len(pages) > MAX_RUN_PAGES:
+    def room(self, count: int) -> NDArray[np.uint8]:
+        """Rows for the contents of so many pages; what was added before stays as it is."""
+        if self._start + self._count + count > MAX_RUN_PAGES:
             self.flush()
-        if self._start + len(pages) > MAX_RUN_PAGES:
+        if self._start + count > MAX_RUN_PAGES:
             self._allocate()
+        begin = self._start + self._count
+        return self._memory[begin : begin + count]
+
+    def add(self, block: int, pages: Pages) -> None:
+        """Take in ascending pages, whose contents are in the room that was given out last."""
+        if self._block != block or not self._pages or pages[0] <= self._pages[-1][-1]:
+            self.flush()
         self._block = block
         self._pages.append(pages)
-        begin = self._start + self._count
         self._count += len(pages)
-        return self._memory[begin : begin + len(pages)]
 
     def flush(self) -> None:
         """End the batch: its memory belongs to whoever takes it."""
@@ -98,6 +102,8 @@ class ChannelReader:
         self._flags = 0
         self._rows: NDArray[np.uint8] = np.empty((0, PAGE_SIZE), np.uint8)
         self._order: NDArray[np.intp] | None = None
+        self._block = -1
+        self._pages = np.empty(0, np.uint32)
         self._compression = ""
         self._unpacker: Unpacker | None = None
 
@@ -142,7 +148,7 @@ class ChannelReader:
             self._payload()
 
     def take_events(self) -> list[PageRun | ZeroRun]:
-        """Pages received so far; whoever takes them owns their memory."""
+        """Pages of whole packets so far; whoever takes them owns their memory."""
         self._batches.flush()
         events, self._batches.done = self._batches.done, []
         return events
@@ -193,17 +199,18 @@ class ChannelReader:
             self._end_packet()
             return
         block = self._block_of(raw_name.split(b"\0", 1)[0])
-        pages, order = self._page_numbers(block, 0, normal)
-        zeros, _ = self._page_numbers(block, normal, zero)
         if zero:
+            zeros, _ = self._page_numbers(block, normal, zero)
             self.track.note(block, int(zeros[0]), int(zeros[-1]))
             self._batches.done.append(ZeroRun(block, zeros))
         if not normal:
             self._end_packet()
             return
         self._check_size(normal, size)
+        pages, order = self._page_numbers(block, 0, normal)
         self.track.note(block, int(pages[0]), int(pages[-1]))
-        self._rows, self._order = self._batches.room(block, pages), order
+        self._block, self._pages, self._order = block, pages, order
+        self._rows = self._batches.room(normal)
         flat = self._rows.reshape(-1).data
         packed = memoryview(bytearray(size)) if self._unpacker is not None else flat
         self._wait_for(_Await.PAYLOAD, packed)
@@ -265,6 +272,7 @@ class ChannelReader:
                 raise self._error(error.expected, error.got) from error
         if self._order is not None:
             self._rows[:] = self._rows[self._order]
+        self._batches.add(self._block, self._pages)
         self._end_packet()
 
     def _end_packet(self) -> None:

@@ -165,24 +165,6 @@ async def test_source_cancelled_in_the_hold_keeps_its_guest(short_tmp: Path) -> 
         assert await bench.left_behind(src, dst) == []
 
 
-async def test_second_connection_to_the_gateway_is_refused(short_tmp: Path) -> None:
-    async with Bench.open(short_tmp) as bench:
-        source = await bench.source(noise_mib=16, hot_pages=32)
-        await queries.set_capabilities(
-            source.monitor, {Capability.RETURN_PATH: True, Capability.MULTIFD: True}
-        )
-        dst = await bench.destination(qemu=bench.qemu_command())
-        src = await start_migration(bench, source, "tcp", dst.port)
-        assert await src.wait() == 20, src.text
-        assert "switch the capability multifd off" in src.error
-        assert src.guest_on == "source"
-        assert await source.runs()
-        other = await bench.source(noise_mib=16, hot_pages=32)
-        src = await start_migration(bench, other, "tcp", dst.port)
-        assert await src.wait() == 0, src.text
-        assert await dst.wait() == 0, dst.text
-
-
 async def test_strangers_at_the_gateway_change_nothing(short_tmp: Path) -> None:
     async with Bench.open(short_tmp) as bench:
         source = await bench.source(noise_mib=16, hot_pages=32)

@@ -29,6 +29,7 @@ def test_a_short_source_command_gets_the_documented_defaults() -> None:
     assert params.downtime_limit_ms == 300
     assert params.max_bandwidth_bps is None
     assert params.streams == 1
+    assert params.local_channels is None
     assert params.compress == Compress("auto")
     assert params.cache_bytes == DEFAULT_CACHE_BYTES == 256 << 20
     assert (params.commit, params.after, params.hold_before_commit) == ("auto", "keep", False)
@@ -148,6 +149,8 @@ def test_every_destination_option_arrives() -> None:
         ([*SOURCE, "--downtime-limit", "300"], "argument --downtime-limit: '300' has no unit"),
         ([*SOURCE, "--max-bandwidth", "1Mbps"], "argument --max-bandwidth: '1Mbps' is ambig"),
         ([*SOURCE, "--streams", "17"], "--streams from 1 to 16, got 17"),
+        ([*SOURCE, "--local-channels", "two"], "expected a number or auto, got 'two'"),
+        ([*SOURCE, "--local-channels", "65"], "auto or 0 to 64, got 65"),
         ([*SOURCE, "--compress", "gzip"], "expected auto, none, lz4 or zstd"),
         ([*SOURCE, "--down", "300ms"], "unrecognized arguments: --down"),
         ([*SOURCE, "--gateway-mode", "9"], "octal mode"),

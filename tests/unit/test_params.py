@@ -130,6 +130,10 @@ def test_a_source_has_exactly_one_way_to_its_qemu(changes: dict[str, Any]) -> No
         ({"to": LinkAddress("host-b", 0)}, "--to needs the port"),
         ({"streams": 0}, "--streams from 1 to 16, got 0"),
         ({"streams": 17}, "--streams from 1 to 16, got 17"),
+        (
+            {"qmp": None, "gateway": UnixAddress(Path("/g")), "local_channels": 2},
+            "--local-channels needs --qmp",
+        ),
         ({"downtime_limit_ms": 0}, "--downtime-limit from 1ms to 2000s, got 0ms"),
         ({"downtime_limit_ms": 2_000_001}, "--downtime-limit"),
         ({"max_bandwidth_bps": 12_499}, "at least 100kbit"),

@@ -62,7 +62,7 @@ def test_the_shape_is_the_one_tools_rely_on() -> None:
     added = {"role", "source", "destination", "started_utc", "guest_state", "not_checked"}
     added |= {"landed", "opaque_rest", "wire_bytes_back", "simulated_devices", "guest_stopped"}
     added |= {"guest_stolen_ms", "balloon", "free_page_hinting", "never_sent_pages", "command"}
-    added |= {"old_copy", "checkpoint", "recovery", "streams"}
+    added |= {"old_copy", "checkpoint", "recovery", "streams", "local_channels"}
     assert set(report) == CONTRACT | added
     assert report["schema"] == 1
     assert list(report["pages"]) == PAGE_KEYS

@@ -1,0 +1,76 @@
+"""Over how many connections a source QEMU gives us its pages, and the settings for that.
+
+With multifd a second thread of QEMU writes to us while the first one looks for dirty pages, and
+its packets need no parsing page by page. It must be chosen before the migration begins.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from migrate.qemu.queries import Capability, Parameter
+from proto.qemu.qmp import JsonValue
+
+AUTO_CHANNELS: Final = 2
+"""More are no faster: docs/performance.md."""
+
+FIRST_AUTO_VERSION: Final = (10, 0, 0)
+"""QEMU 7.2's migration thread spins while it waits for a free channel: on a slow link that costs a
+whole processor all the time. Versions in between were not measured."""
+
+SECTIONS_BESIDE_RAM: Final = ("virtio-mem", "vfio-")
+"""Devices that send more than RAM before its end, by the start of their type's name. That is passed
+on without being understood, which does not go beside channels."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalChannels:
+    """How many connections pages come over.
+
+    Attributes:
+        count: Channels beside the main connection; 0 = over that one.
+        refusal: Why a wish for more was not granted; empty if it was.
+    """
+
+    count: int
+    refusal: str = ""
+
+    @property
+    def settings(self) -> dict[str, JsonValue]:
+        """Parameters that must be set; a version that does not know one needs it not."""
+        if not self.count:
+            return {}
+        return {
+            Parameter.MULTIFD_CHANNELS: self.count,
+            Parameter.MULTIFD_COMPRESSION: "none",
+            # Packets are then full and in order, and zero pages cost nine bytes.
+            Parameter.ZERO_PAGE_DETECTION: "legacy",
+        }
+
+
+def choose_channels(
+    wish: int | None,
+    version: tuple[int, int, int],
+    capabilities: Mapping[str, bool],
+    device_types: Iterable[str],
+) -> LocalChannels:
+    """Decide before a migration.
+
+    Args:
+        wish: What the user asked for: 0 for none, None = as it is best.
+        version: QEMU's.
+        capabilities: The migration capabilities it knows, and whether they are on.
+        device_types: QEMU's names of the machine's devices.
+    """
+    automatic = AUTO_CHANNELS if version >= FIRST_AUTO_VERSION else 0
+    wanted = automatic if wish is None else wish
+    beside = [name for name in device_types if name.startswith(SECTIONS_BESIDE_RAM)]
+    if not wanted:
+        return LocalChannels(0)
+    if Capability.MULTIFD not in capabilities:
+        return LocalChannels(0, "this QEMU has no multifd")
+    if capabilities.get(Capability.DIRTY_BITMAPS):
+        return LocalChannels(0, "dirty bitmaps migrate, too (capability dirty-bitmaps)")
+    if beside:
+        return LocalChannels(0, f"a device sends its state before the end of RAM: {beside[0]}")
+    return LocalChannels(wanted)
