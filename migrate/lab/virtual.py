@@ -50,8 +50,8 @@ START_NS: Final = 1000 * NS_PER_S
 
 ROLES: Final[tuple[Role, Role]] = ("source", "destination")
 
-ADDRESS: Final = LinkAddress("destination", 7001)
-"""Where the virtual migrate-dst listens."""
+ADDRESS: Final = LinkAddress("127.0.0.1", 7001)
+"""Where the virtual migrate-dst listens: like loopback, no stranger can reach it."""
 
 PATIENCE_S: Final = 30.0
 """How long a virtual migrate-dst waits for HELLO when the only source there is has ended; thrice
