@@ -4,6 +4,7 @@ Encoding happens in threads, several batches at a time; the choice of codecs is 
 the batches, in the trio thread.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -105,30 +106,38 @@ class PageEncoder:
         """Make a batch of which nothing has to be encoded."""
         return make_batch(pages, encode_rows(pages.literals, None), NOTHING)
 
-    async def encode(self, pages: ClassifiedPages, plan: Plan) -> PageBatch:
-        """Make a batch, and learn from how it went."""
+    async def encode(
+        self, pages: ClassifiedPages, plan: Plan, ready: Callable[[PageBatch], None]
+    ) -> None:
+        """Make a batch, and learn from how it went.
+
+        Args:
+            pages: What it is made of.
+            plan: How.
+            ready: Takes the batch; what is only tried for comparison comes after that.
+        """
         differences = literals = NOTHING
         if plan.deltas is not None:
             differences, _ = await self._run(pages.differences, plan.deltas, DELTA_COST)
+        encode_ns = 0
         if plan.literals is not None:
-            literals = await self._encode_literals(pages.literals, plan.literals, plan.probe)
-        return make_batch(pages, literals, differences)
+            name = str(plan.literals)
+            literals, encode_ns = await self._run(pages.literals, plan.literals, name)
+        ready(make_batch(pages, literals, differences))
+        if plan.literals is not None:
+            trial = Trial(plan.literals, len(literals.data), encode_ns)
+            await self._learn(pages.literals, trial, plan.probe)
 
-    async def _encode_literals(
-        self, rows: Rows, codec: CodecSetting, probe: CodecSetting | None
-    ) -> Encoded:
-        encoded, encode_ns = await self._run(rows, codec, str(codec))
-        if codec != NONE:
-            self._deltas.observe(rows.nbytes, len(encoded.data))
-        if self._compress.mode == "auto":
-            probed = None
-            if probe is not None:
-                thrown_away, probe_ns = await self._run(rows, probe, str(probe))
-                probed = Trial(probe, len(thrown_away.data), probe_ns)
-            self._choice.observe(
-                rows.nbytes, Trial(codec, len(encoded.data), encode_ns), probed
-            )
-        return encoded
+    async def _learn(self, rows: Rows, trial: Trial, probe: CodecSetting | None) -> None:
+        if trial.setting != NONE:
+            self._deltas.observe(rows.nbytes, trial.encoded_bytes)
+        if self._compress.mode != "auto":
+            return
+        probed = None
+        if probe is not None:
+            thrown_away, probe_ns = await self._run(rows, probe, str(probe))
+            probed = Trial(probe, len(thrown_away.data), probe_ns)
+        self._choice.observe(rows.nbytes, trial, probed)
 
     async def _run(self, rows: Rows, setting: CodecSetting, cost: str) -> tuple[Encoded, int]:
         if setting == NONE:

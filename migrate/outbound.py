@@ -8,6 +8,7 @@ link is bounded: tightly while the guest runs, by ``STOPPED_BACKLOG_BYTES`` once
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import trio
 import xxhash
@@ -239,7 +240,7 @@ class Outbound:
         return item
 
     async def _encode(self, item: Outgoing, pages: ClassifiedPages, plan: Plan) -> None:
-        self._make_ready(item, await self._encoder.encode(pages, plan))
+        await self._encoder.encode(pages, plan, partial(self._make_ready, item))
 
     def _make_ready(self, item: Outgoing, batch: PageBatch) -> None:
         item.message = batch

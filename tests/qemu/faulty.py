@@ -107,11 +107,11 @@ def lose_delta() -> None:
 
 
 def use_wrong_base() -> None:
-    """Each difference is applied to the base of the one before it in the batch."""
+    """One difference of each batch is applied to a base that was never written."""
     apply_differences = migrate.pages.apply.apply_differences
 
     def wrong(batch: PageBatch, rows: NDArray[np.uint8]) -> None:
-        rows[:] = np.roll(rows, 1, axis=0)
+        rows[-1] = 0
         apply_differences(batch, rows)
 
     migrate.pages.apply.apply_differences = wrong

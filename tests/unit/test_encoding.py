@@ -18,6 +18,7 @@ from migrate.runtime import Costs, RealRuntime, Step
 from proto.codecs import CodecId, decode
 from proto.guest_events import PAGE_SIZE
 from proto.limits import NOT_CACHED
+from proto.link.pages import PageBatch
 from tests.strategies import page_array
 
 T = TypeVar("T")
@@ -57,6 +58,13 @@ def pages(literals: int = 0, deltas: int = 0) -> ClassifiedPages:
     )
 
 
+async def encoded(encoder: PageEncoder, found: ClassifiedPages, plan: Plan) -> PageBatch:
+    batches: list[PageBatch] = []
+    await encoder.encode(found, plan, batches.append)
+    (batch,) = batches
+    return batch
+
+
 @pytest.mark.parametrize(
     ("mode", "literals", "deltas"),
     [
@@ -76,7 +84,7 @@ async def test_literals_and_deltas_have_codecs_of_their_own(
     plan = encoder.plan(both, None)
     assert plan == Plan(literals, None, None if deltas == NONE else deltas)
     assert plan.is_instant == (literals == NONE)
-    batch = await encoder.encode(both, plan)
+    batch = await encoded(encoder, both, plan)
     assert batch.pages_by_class == {
         "zero": 0, "same": 0, "ref": 0, "delta": len(both.delta_pages), "literal": 8
     }  # fmt: skip
@@ -94,7 +102,7 @@ async def test_a_batch_of_deltas_alone_does_not_ask_for_a_codec_of_literals() ->
     encoder = PageEncoder(Compress("auto"), Recorded())
     for _ in range(70):
         assert encoder.plan(pages(deltas=1), None) == Plan(None, None, ZSTD_1)
-    batch = await encoder.encode(pages(deltas=1), Plan(deltas=ZSTD_1))
+    batch = await encoded(encoder, pages(deltas=1), Plan(deltas=ZSTD_1))
     assert (batch.codec_id, batch.encoded_len) == (CodecId.RAW, 0)
 
 
@@ -113,7 +121,7 @@ async def test_on_a_link_faster_than_encoders_only_pages_that_come_back_are_kept
     fast = GoodputEstimate(2e9, 2e9, saturated=True)
     found = pages(literals=2)
     for _ in range(200):
-        await encoder.encode(found, encoder.plan(found, fast))
+        await encoded(encoder, found, encoder.plan(found, fast))
     assert encoder.keep_rule() == KeepRule(fresh=False, max_words=SMALL_WORDS)
     encoder.plan(found, GoodputEstimate(2e8, 2e8, saturated=False))
     assert not encoder.keep_rule().fresh, "that may be a fast link and a busy guest"
@@ -128,7 +136,7 @@ async def test_what_does_not_compress_is_kept_on_a_slow_link() -> None:
     plan = Plan()
     for _ in range(200):
         plan = encoder.plan(found, slow)
-        await encoder.encode(found, plan)
+        await encoded(encoder, found, plan)
     assert plan.literals == NONE
     rule = encoder.keep_rule()
     assert rule.fresh
@@ -157,3 +165,17 @@ def test_there_are_no_deltas_where_the_user_wants_no_codec() -> None:
         "zstd": "zstd:1",
         "auto": "zstd:1",
     }
+
+
+async def test_a_batch_does_not_wait_for_the_codec_that_is_only_tried_on_it() -> None:
+    runtime = Recorded()
+    encoder = PageEncoder(Compress("auto"), runtime)
+    codecs_before: list[list[str]] = []
+    plan = Plan(ZSTD_3, LZ4)
+    await encoder.encode(
+        pages(literals=2),
+        plan,
+        lambda _: codecs_before.append([name for name, _ in runtime.costs]),
+    )
+    assert codecs_before == [["zstd:3"]]
+    assert [name for name, _ in runtime.costs] == ["zstd:3", "lz4"]
