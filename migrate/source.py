@@ -154,6 +154,7 @@ class SourceRun:
                     downtime_limit_ms=told_ms,
                     step_s=params.timeouts.qemu_s,
                     channels_wish=params.local_channels,
+                    max_bandwidth_bps=params.max_bandwidth_bps,
                     warn=self._session.warn,
                 ) as source,
             ):

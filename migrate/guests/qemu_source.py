@@ -99,6 +99,7 @@ class QemuSource:
         name: str,
         *,
         channels_wish: int | None = None,
+        max_bandwidth_bps: int | None = None,
         warn: Callable[[str], None] = logger.warning,
         step_s: float = END_S,
     ) -> None:
@@ -109,6 +110,7 @@ class QemuSource:
         self.settings: ChangedSettings | None = None
         self._facts: MachineFacts | None = None
         self._channels_wish = channels_wish
+        self._max_bandwidth_bps = max_bandwidth_bps
         self._switchover_seen = trio.Event()
         self._powered_off = False
         self._paused_by_user = False
@@ -178,7 +180,7 @@ class QemuSource:
         known = await queries.query_capabilities(self._client)
         types = [device.qom_type for device in facts.devices]
         version = queries.version_of(self._client).number
-        channels = choose_channels(wish, version, known, types)
+        channels = choose_channels(wish, self._max_bandwidth_bps, version, known, types)
         if channels.count:
             try:
                 await self._set_channels(settings, channels)
@@ -390,6 +392,7 @@ async def open_qemu_source(
     *,
     downtime_limit_ms: int,
     channels_wish: int | None = None,
+    max_bandwidth_bps: int | None = None,
     warn: Callable[[str], None] = logger.warning,
     step_s: float = END_S,
 ) -> AsyncIterator[QemuSource]:
@@ -400,6 +403,7 @@ async def open_qemu_source(
         run_dir: Private directory for the stream's socket.
         downtime_limit_ms: What QEMU is told; at least 1 (0 makes 7.2 switch without a last sync).
         channels_wish: Multifd channels that its pages shall come over, None = as it is best.
+        max_bandwidth_bps: What the user allows the link, None = as much as it takes.
         warn: Told why that wish cannot be granted.
         step_s: How long it may take to end its migration, or to let the guest go on.
 
@@ -410,7 +414,13 @@ async def open_qemu_source(
     async with open_qmp(qmp) as client:
         name = f"the source QEMU ({qmp})"
         source = QemuSource(
-            client, run_dir, name, channels_wish=channels_wish, warn=warn, step_s=step_s
+            client,
+            run_dir,
+            name,
+            channels_wish=channels_wish,
+            max_bandwidth_bps=max_bandwidth_bps,
+            warn=warn,
+            step_s=step_s,
         )
         state = await queries.query_run_state(client)
         if state.status in ("inmigrate", "postmigrate", "shutdown", "internal-error"):

@@ -18,6 +18,9 @@ FIRST_AUTO_VERSION: Final = (10, 0, 0)
 """QEMU 7.2's migration thread spins while it waits for a free channel: on a slow link that costs a
 whole processor all the time. Versions in between were not measured."""
 
+SLOW_LINK_BPS: Final = 250_000_000
+"""Below 2 Gbit/s the hop is never the limit, and what QEMU keeps in its packets is downtime."""
+
 SECTIONS_BESIDE_RAM: Final = ("virtio-mem", "vfio-")
 """Devices that send more than RAM before its end, by the start of their type's name. That is passed
 on without being understood, which does not go beside channels."""
@@ -50,6 +53,7 @@ class LocalChannels:
 
 def choose_channels(
     wish: int | None,
+    max_bandwidth_bps: int | None,
     version: tuple[int, int, int],
     capabilities: Mapping[str, bool],
     device_types: Iterable[str],
@@ -58,11 +62,13 @@ def choose_channels(
 
     Args:
         wish: What the user asked for: 0 for none, None = as it is best.
+        max_bandwidth_bps: What the user allows the link, None = as much as it takes.
         version: QEMU's.
         capabilities: The migration capabilities it knows, and whether they are on.
         device_types: QEMU's names of the machine's devices.
     """
-    automatic = AUTO_CHANNELS if version >= FIRST_AUTO_VERSION else 0
+    slow = max_bandwidth_bps is not None and max_bandwidth_bps < SLOW_LINK_BPS
+    automatic = AUTO_CHANNELS if version >= FIRST_AUTO_VERSION and not slow else 0
     wanted = automatic if wish is None else wish
     beside = [name for name in device_types if name.startswith(SECTIONS_BESIDE_RAM)]
     if not wanted:

@@ -152,7 +152,7 @@ class MultifdHop(IncomingHop):
         main_brought_ns = self._main_brought_ns
         work: list[Callable[[], int]] = []
         if self._sock.fileno() in ready:
-            work.append(self._drain_main)
+            work.append(partial(self._drain_main, burst_bytes))
         work += [partial(channel.drain, share) for channel in chosen[:most]]
         self.bytes_received += await self._in_threads(work)
         was_at_sync = self._main.at_sync
@@ -213,8 +213,8 @@ class MultifdHop(IncomingHop):
             raise errors[0]
         return received
 
-    def _drain_main(self) -> int:
-        """Receive and parse what is there, without waiting; runs in a thread."""
+    def _drain_main(self, burst_bytes: int) -> int:
+        """Receive and parse about this much of what is there, without waiting; runs in a thread."""
         reader = self._main
         received = 0
         self._main_has_more = False
@@ -222,7 +222,7 @@ class MultifdHop(IncomingHop):
             while (event := reader.next_event()) is not NEED_DATA:
                 self._from_main.append(event)
             self._ended = bool(self._from_main) and isinstance(self._from_main[-1], End)
-            if reader.at_sync or self._ended:
+            if reader.at_sync or self._ended or received >= burst_bytes:
                 return received
             buffer = reader.get_buffer()[:PIECE_BYTES]
             try:

@@ -76,7 +76,12 @@ class MultifdStream:
         """
         events: list[GuestEvent] = []
         for channel in self.channels:
-            events += channel.take_events()
+            pages = channel.take_events()
+            if pages and self.main.ram_ended:
+                raise QemuStreamError(
+                    "a multifd channel", "no page behind the end of RAM", "some"
+                )
+            events += pages
         for event in from_main:
             if isinstance(event, RamBlocks):
                 self._blocks = event.blocks

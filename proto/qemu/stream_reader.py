@@ -70,6 +70,7 @@ class StreamReader:
             which is the end of the block list.
         sync_per_section: Each RAM section ends with a sync; otherwise (machine types from 8.1)
             each walk over RAM does. Known at the first sync.
+        ram_ended: All sections of RAM were read; device state follows.
         track: With multifd, where pages and zero pages of this connection went since the last
             sync.
     """
@@ -92,6 +93,7 @@ class StreamReader:
         self.multifd = multifd
         self._sync_due = False
         self.sync_per_section = True
+        self.ram_ended = False
         self.track = Track()
 
     def get_buffer(self) -> memoryview:
@@ -411,6 +413,7 @@ class StreamReader:
         yield from self._rest_bytes()
 
     def _tail(self) -> _Steps:
+        self.ram_ended = True
         scanner = TailScanner()
         first = yield from self._peek()
         if first in (qf.SECTION_PART, qf.SECTION_END, qf.SECTION_START):

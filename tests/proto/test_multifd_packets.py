@@ -196,6 +196,13 @@ def test_ram_does_not_end_before_its_channels_are_flushed() -> None:
         ms.read([main, ms.initial(0) + ms.packet(flags=1)])
 
 
+def test_no_page_comes_behind_the_end_of_ram() -> None:
+    main = qs.header() + qs.ram_start(qs.BLOCKS) + qs.section(b"", last=True) + qs.tail()
+    late = ms.initial(0) + ms.packet(flags=1) * 2 + ms.packet(NAME, CONTENTS[:1])
+    with pytest.raises(QemuStreamError, match="no page behind the end of RAM"):
+        ms.read([main[:-1], late])
+
+
 def test_there_are_at_most_255_channels() -> None:
     stream = MultifdStream(StreamReader(multifd=True))
     for _ in range(255):
