@@ -11,6 +11,7 @@ from typing import Final
 from migrate.control.codec_choice import (
     FAST_LINK_BPS,
     NONE,
+    SLOW_LINK_BPS,
     CodecChoice,
     CodecSetting,
     Trial,
@@ -74,17 +75,18 @@ class PageEncoder:
     def keep_rule(self) -> KeepRule:
         """What the classifier should keep and send as differences at the moment.
 
-        Where processors are the limit, copies of pages that are sent for the first time would
-        cost more, here and at the destination, than they save. On a slow link they pay also while
-        nothing compresses.
+        Copies of pages that are sent for the first time pay where the link is so slow that
+        processors have time for them: at 1 Gbit/s the copies, and the memory that is touched for
+        them, cost a bulk round a quarter more time. Pages that are sent again are always kept.
         """
-        compresses = self._literal_codec != NONE
         link = self._link
-        slow = link is not None and link.saturated and link.wire_bps < FAST_LINK_BPS
-        fresh = self._compress.mode != "auto" or compresses or slow
+        saturated = link is not None and link.saturated
+        fresh = link is not None and saturated and link.wire_bps < SLOW_LINK_BPS
+        spares_link = link is not None and saturated and link.wire_bps < FAST_LINK_BPS
         if self._delta_codec == NONE:
             return KeepRule(fresh, 0)
-        words = self._deltas.max_words(compresses=compresses, spares_link=slow)
+        compresses = self._literal_codec != NONE
+        words = self._deltas.max_words(compresses=compresses, spares_link=spares_link)
         return KeepRule(fresh, words)
 
     def plan(self, pages: ClassifiedPages, link: GoodputEstimate | None) -> Plan:
