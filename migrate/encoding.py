@@ -81,7 +81,8 @@ class PageEncoder:
         """
         link = self._link
         saturated = link is not None and link.saturated
-        fresh = link is not None and saturated and link.wire_bps < SLOW_LINK_BPS
+        slow = link is not None and saturated and link.wire_bps < SLOW_LINK_BPS
+        fresh = slow or self._compress.mode != "auto"
         spares_link = link is not None and saturated and link.wire_bps < FAST_LINK_BPS
         if self._delta_codec == NONE:
             return KeepRule(fresh, 0)
