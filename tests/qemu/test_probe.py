@@ -80,6 +80,17 @@ async def guest(
         yield running
 
 
+async def listening(namespace: Namespace) -> None:
+    """Wait until migrate-dst listens: migrate-src gives up at once if nobody does."""
+    sockets = namespace.command(["cat", "/proc/net/tcp"])
+    while True:
+        done = await trio.run_process(sockets, capture_stdout=True)
+        rows = [line.split() for line in done.stdout.decode().splitlines()[1:]]
+        if any(row[1].endswith(f":{PORT:04X}") and row[3] == "0A" for row in rows):
+            return
+        await trio.sleep(0.05)
+
+
 async def migrate(
     namespace: Namespace, source: Guest, destination: Guest, folder: Path, *options: str
 ) -> tuple[dict[str, Any], str]:
@@ -94,6 +105,7 @@ async def migrate(
         async with trio.open_nursery() as nursery:
             receiving = namespace.command([str(bin_dir / "migrate-dst"), *dst])
             nursery.start_soon(run, *receiving)
+            await listening(namespace)
             sending = namespace.command([str(bin_dir / "migrate-src"), *src])
             done = await trio.run_process(sending, capture_stderr=True, check=False)
     found: dict[str, Any] = json.loads(report.read_text())
