@@ -12,7 +12,7 @@ from migrate.qemu.queries import Capability, Parameter
 from proto.qemu.qmp import JsonValue
 
 AUTO_CHANNELS: Final = 2
-"""More are no faster: docs/performance.md."""
+"""Not settled: 1 to 4 measured alike on a busy machine; ``tools/bench-hop`` compares them."""
 
 FIRST_AUTO_VERSION: Final = (10, 0, 0)
 """QEMU 7.2's migration thread spins while it waits for a free channel: on a slow link that costs a
