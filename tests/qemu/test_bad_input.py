@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from migrate.qemu import queries
 from proto.link import messages
 from proto.link.state import Role
 from tests.link_pair import End, feed
-from tests.qemu.commands import RAM_KIB, Bench, Command, Machine, free_port
+from tests.qemu.commands import RAM_KIB, Bench, Command, Machine, free_port, until_true
 
 pytestmark = pytest.mark.qemu
 
@@ -300,6 +301,14 @@ async def test_signals_while_nothing_happens(short_tmp: Path) -> None:
         assert await bench.left_behind(dst, gateway) == []
 
 
+def catches_sigterm(pid: int) -> bool:
+    """Whether the command is past its start: Python itself leaves SIGTERM alone."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) & 1 << (signal.SIGTERM - 1))
+    raise AssertionError("no SigCgt")
+
+
 async def test_interrupt_while_a_qemu_does_not_answer(short_tmp: Path) -> None:
     async with Bench.open(short_tmp) as bench, unix_server(short_tmp / "silent", b"") as silent:
         hangs = [sys.executable, "-c", "import time; time.sleep(100)"]
@@ -308,7 +317,9 @@ async def test_interrupt_while_a_qemu_does_not_answer(short_tmp: Path) -> None:
             await bench.start_destination("--qmp", str(silent)),
             await bench.start_source(silent, 1),
         ]
-        await trio.sleep(1.5)
+        for command in commands:  # Python's own start takes a second on a busy machine
+            await until_true(partial(catches_sigterm, command.process.pid))
+        await trio.sleep(0.5)
         for command in commands:
             command.process.send_signal(signal.SIGINT)
         for command in commands:
