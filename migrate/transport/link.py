@@ -164,6 +164,8 @@ class Link:
             raise stream.failure
         if stream.lost:
             raise self._lost(stream.lost)
+        if stream.closed:
+            raise self._lost("it was closed here")
 
     def _lost(self, why: str) -> PeerLostError:
         return PeerLostError(f"lost the connection to {self.peer}: {why}")

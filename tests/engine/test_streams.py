@@ -283,6 +283,14 @@ async def test_a_further_connection_that_ends_whole_is_no_loss() -> None:
             assert await destination.receive() == messages.KeepAlive()
 
 
+async def test_nothing_is_sent_on_a_link_that_was_closed() -> None:
+    async with linked(1) as (source, _, _):
+        source.close()
+        for message in (messages.KeepAlive(), TABLE):
+            with pytest.raises(PeerLostError, match="it was closed here"):
+                await source.send(message)
+
+
 async def test_last_words_are_heard_although_another_connection_broke_first() -> None:
     abort = messages.Abort("cancelled", "by the user", "source")
     async with linked(3) as (source, destination, pairs):
