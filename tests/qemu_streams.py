@@ -69,9 +69,9 @@ def record(page: int, content: bytes | int, name: bytes | None = None) -> bytes:
     return (page << 12 | flags).to_bytes(8) + (b"" if name is None else str8(name)) + body
 
 
-def section(body: bytes, *, last: bool = False) -> bytes:
+def section(body: bytes, *, last: bool = False, ram_id: int = RAM_ID) -> bytes:
     """A PART or END section of RAM."""
-    return (b"\3" if last else b"\2") + RAM_ID.to_bytes(4) + body + EOS + footer()
+    return (b"\3" if last else b"\2") + ram_id.to_bytes(4) + body + EOS + footer(ram_id)
 
 
 def tail(run_state: bytes = b"running", description: bytes = DESCRIPTION) -> bytes:

@@ -1,19 +1,12 @@
-"""Damages device state and ring pages at random and decodes them: ``python -m`` this module.
+"""Fuzzing of virtio: damaged device state and ring pages.
 
-Whatever comes is a typed error, a reported inconsistency, or a well-formed value: never another
-exception. Three kinds of case: one device's state, guest memory and what a device says of it, and
-a whole tail. A case is told by its number and the seed, and can be run alone (``--only``).
+Whatever comes is a typed error, a reported inconsistency, or a well-formed value. Three kinds of
+case: one device's state, guest memory and what a device says of it, and a whole tail.
 """
 
-import argparse
 import random
-import resource
-import sys
-import time
-import traceback
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Final
 
 from proto.errors import QemuStreamError
@@ -22,37 +15,12 @@ from proto.qemu.vmdesc import DeviceSlice, slice_devices
 from proto.ring_check import OUTSIDE, Outside, check_devices, check_queue, ring_extents
 from proto.virtqueue import MAX_QUEUE_SIZE, MAX_QUEUES, VirtioDeviceState, VirtqueueState
 from tests import virtio_samples as vs
+from tests.fuzz.mutation import damage
 from tests.virtio_samples import Memory, Ring
 
-NUMBERS: Final = (
-    0,
-    1,
-    2,
-    7,
-    255,
-    256,
-    1023,
-    1024,
-    0x7FFF,
-    0x8000,
-    0xFFFF,
-    0x7FFFFFFF,
-    2**32 - 1,
-)
 RECORDED: Final = ("7.2-plain", "7.2-devices", "10.0-plain", "10.0-devices", "10.0-bitmap")
 TAIL_EVERY: Final = 8
 """One case in so many is a whole tail: it takes longer than another."""
-
-HEAD_BYTES: Final = 2048
-"""Most damage goes where most is said: the first bytes of a device's state, and its last."""
-
-
-@dataclass
-class Outcomes:
-    """How cases ended, by kind; ``failures`` should stay empty."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    failures: list[tuple[int, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -100,39 +68,6 @@ def built() -> list[tuple[str, bytes]]:
         ("0000:00:08.0/virtio-scsi", vs.virtio_body(flags=("broken", "ringsize"))),
         ("0000:00:09.0/virtio-mem", vs.virtio_body(own=bytes(100), flags=("disabled",))),
     ]
-
-
-def damage(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """Change, cut, repeat or splice some bytes."""
-    out = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
-        at = _place(rng, len(out))
-        kind = rng.randrange(8)
-        if kind <= 1 and out:
-            out[at] ^= 1 << rng.randrange(8)
-        elif kind <= 3:
-            value = rng.choice((*NUMBERS, rng.randrange(2**32)))
-            size = rng.choice((1, 2, 4, 8))
-            out[at : at + size] = (value % 256**size).to_bytes(size)
-        elif kind == 4:
-            del out[at : at + rng.choice((1, 2, 4, 16, 5000))]
-        elif kind == 5:
-            out[at:at] = rng.randbytes(rng.choice((1, 2, 4, 16, 300)))
-        elif kind == 6:
-            start = rng.randrange(len(other) + 1)
-            size = rng.choice((4, 64, 3000))
-            out[at : at + size] = other[start : start + size]
-        elif rng.random() < 0.5:
-            del out[at:]
-        else:
-            out[at:at] = out[at : at + rng.choice((5, 40, 2000))]
-    return bytes(out)
-
-
-def _place(rng: random.Random, length: int) -> int:
-    near = rng.randrange(HEAD_BYTES)
-    place = rng.choice((near, length - 1 - near, rng.randrange(length + 1)))
-    return max(0, min(place, length - 1))
 
 
 def device_case(rng: random.Random, known: Corpus) -> str:
@@ -214,39 +149,13 @@ class RandomMemory:
         return self._rng.choice((OUTSIDE, None, *[self._rng.randbytes(length)] * 6))
 
 
-def run(count: int, seed: int, only: int | None = None) -> Outcomes:
-    """Run cases 0 to ``count - 1``, or only one of them."""
+def virtio() -> Callable[[random.Random], str]:
+    """State of one device, memory of one queue, and whole tails."""
     known = corpus()
-    outcomes = Outcomes()
-    for number in range(count) if only is None else [only]:
-        rng = random.Random(f"{seed} {number}")
-        kinds = (device_case, ring_case)
-        case = tail_case if number % TAIL_EVERY == 0 else kinds[number % 2]
-        try:
-            outcomes.counts[case(rng, known)] += 1
-        except Exception:  # what must not happen is what is looked for
-            outcomes.failures.append((number, traceback.format_exc()))
-    return outcomes
 
+    def case(rng: random.Random) -> str:
+        if rng.randrange(TAIL_EVERY) == 0:
+            return tail_case(rng, known)
+        return rng.choice((device_case, ring_case))(rng, known)
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run and print what came out; 1 if anything failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", type=int, help="run this case alone")
-    options = parser.parse_args(arguments)
-    started = time.perf_counter()
-    outcomes = run(options.count, options.seed, options.only)
-    seconds = time.perf_counter() - started
-    for what, times in sorted(outcomes.counts.items()):
-        print(f"{times:8} {what}")
-    for number, trace in outcomes.failures[:5]:
-        print(f"case {number} of seed {options.seed}:\n{trace}", file=sys.stderr)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{len(outcomes.failures)} failures, {seconds:.1f} s, peak {peak_mib:.0f} MiB")
-    return 1 if outcomes.failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return case
