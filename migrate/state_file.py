@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, Self
 
 from migrate.errors import MigrationError, RecordBusyError, RecoveryRefusedError
 from migrate.qemu.process_mark import ProcessMark, is_stopped
+from migrate.qemu.settings import UserSettings
 
 Side = Literal["source", "destination"]
 
@@ -77,6 +78,7 @@ class RecordFacts:
         qmp: The guest's QMP socket; ``None`` if we had none.
         process: The guest's QEMU; ``None`` if we do not know it.
         run_state: What the guest was before the migration, in QEMU's words; ``None`` = not known.
+        settings: What the QEMU's user had chosen before; ``None`` if there is nothing to give back.
     """
 
     migration_id: bytes
@@ -88,6 +90,7 @@ class RecordFacts:
     qmp: Path | None = None
     process: ProcessMark | None = None
     run_state: str | None = None
+    settings: UserSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,7 @@ class Record:
             KeyError, TypeError, ValueError: It is something else.
         """
         side, process, qmp = found["side"], found["process"], found["qmp"]
+        settings = found.get("settings")  # none in records of older versions
         if side not in MOVES or not isinstance(found["state"], str):
             raise ValueError("no side or no state")
         facts = RecordFacts(
@@ -139,6 +143,7 @@ class Record:
             qmp=None if qmp is None else Path(qmp),
             **{name: str(found[name]) for name in ("kind", "form", "guest", "peer", "link")},
             run_state=found["run_state"],
+            settings=None if settings is None else UserSettings(**settings),
         )
         return cls(side, found["state"], facts, int(found["command_pid"]), found["reason"])
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from migrate.errors import GuestOn
 from migrate.pages.landed import LandedBlock
 from migrate.qemu.process_mark import ProcessMark
+from migrate.qemu.settings import UserSettings
 from migrate.rings import RingLayout
 from proto.guest_events import GuestEvent, RamBlocks
 from proto.qemu.physical import PhysicalMap
@@ -78,10 +79,12 @@ class QemuPlace:
     Attributes:
         qmp: Its QMP socket; ``None`` if we have none.
         process: The process; ``None`` if we do not know it.
+        settings: What its user had chosen before we came; ``None`` while we changed nothing.
     """
 
     qmp: Path | None = None
     process: ProcessMark | None = None
+    settings: UserSettings | None = None
 
 
 class SourceGuest(Protocol):

@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -378,8 +379,13 @@ async def open_qemu_destination(
         known = await queries.query_capabilities(client)
         wanted = {name: True for name in CAPABILITIES_ON if name in known}
         wanted |= {name: False for name in CAPABILITIES_OFF if known.get(name)}
-        async with changed_settings(client, wanted, {}), trio.open_nursery() as nursery:
+        async with (
+            changed_settings(client, wanted, {}) as settings,
+            trio.open_nursery() as nursery,
+        ):
             guest = QemuDestination(client, run_dir, owned, step_s=step_s)
+            users = settings.user_settings((*CAPABILITIES_ON, *CAPABILITIES_OFF))
+            guest.place = replace(guest.place, settings=users)
             guest.take_argv(argv)
             if landing:
                 guest.allow_landing()

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -32,7 +33,7 @@ from migrate.qemu.machine_facts import MachineFacts
 from migrate.qemu.multifd_hop import MultifdHop, accept_multifd
 from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
-from migrate.qemu.queries import Capability
+from migrate.qemu.queries import Capability, Parameter
 from migrate.qemu.settings import ChangedSettings, changed_settings
 from migrate.rings import RingLayout
 from migrate.timeouts import DEFAULTS
@@ -79,6 +80,16 @@ CAPABILITIES_OFF = (
 )
 """Off for our migration, the user's choice comes back after it: the engine does their work, or they
 change who decides about the switchover."""
+
+CHANGED = frozenset(
+    (
+        *(*CAPABILITIES_ON, *CAPABILITIES_OFF),
+        *(Parameter.MAX_BANDWIDTH_BYTES_PER_S, Parameter.DOWNTIME_LIMIT_MS),
+        *(Parameter.MULTIFD_CHANNELS, Parameter.MULTIFD_COMPRESSION),
+        Parameter.ZERO_PAGE_DETECTION,
+    )
+)
+"""All that we may change, for the record: recovery gives it back."""
 
 
 class QemuSource:
@@ -432,10 +443,12 @@ async def open_qemu_source(
         wanted = dict.fromkeys(CAPABILITIES_ON, True)
         wanted |= {name: False for name in CAPABILITIES_OFF if known.get(name)}
         parameters = {
-            "max-bandwidth": UNLIMITED_BYTES_PER_S,
-            "downtime-limit": max(1, downtime_limit_ms),
+            Parameter.MAX_BANDWIDTH_BYTES_PER_S: UNLIMITED_BYTES_PER_S,
+            Parameter.DOWNTIME_LIMIT_MS: max(1, downtime_limit_ms),
         }
         async with changed_settings(client, wanted, parameters) as source.settings:
+            users = source.settings.user_settings(CHANGED)
+            source.place = replace(source.place, settings=users)
             with client.listen("STOP", "RESUME", "SHUTDOWN") as events:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(source.watch, events)

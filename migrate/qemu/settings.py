@@ -7,6 +7,7 @@ whatever the engine changes must be undone, also after an error or a Ctrl-C.
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import trio
@@ -28,6 +29,19 @@ ends within milliseconds, unless a stopped source blocks on a stream that nobody
 _POLL_S: Final = 0.05
 
 
+@dataclass(frozen=True, slots=True)
+class UserSettings:
+    """What the user had chosen before we came, of the settings that we may change.
+
+    Attributes:
+        capabilities: States by name.
+        parameters: Values by name.
+    """
+
+    capabilities: Mapping[str, bool]
+    parameters: Mapping[str, JsonValue]
+
+
 class ChangedSettings:
     """Which settings of ours are in effect; from ``changed_settings``.
 
@@ -47,6 +61,21 @@ class ChangedSettings:
         self._client = client
         self._user_capabilities = user_capabilities
         self._user_parameters = user_parameters
+
+    def user_settings(self, names: Collection[str]) -> UserSettings:
+        """The user's choice of those that have one of these names, to be given back later."""
+        return UserSettings(
+            {name: on for name, on in self._user_capabilities.items() if name in names},
+            {name: value for name, value in self._user_parameters.items() if name in names},
+        )
+
+    async def find_changed(self) -> None:
+        """Take whatever is not as the user had it for ours."""
+        capabilities = await queries.query_capabilities(self._client)
+        parameters = await queries.query_parameters(self._client)
+        user, chosen = self._user_capabilities, self._user_parameters
+        self.capabilities = {n: on for n, on in capabilities.items() if user.get(n, on) != on}
+        self.parameters = {n: v for n, v in parameters.items() if chosen.get(n, v) != v}
 
     async def set_capabilities(self, states: Mapping[_Name, bool]) -> None:
         """Switch capabilities; restored at the exit.
@@ -144,6 +173,24 @@ async def changed_settings(
             await _restore_or_warn(settings)
         if not client.is_closed and (left := settings.describe()):
             logger.warning("these settings of QEMU could not be restored: %s", left)
+
+
+async def give_back(client: QmpClient, user: UserSettings) -> str:
+    """Give the user's settings back that a command of ours which is dead had changed.
+
+    Returns:
+        Those that could not be restored within ``RESTORE_TIMEOUT_S``, as ``name=user's value``
+        each; empty if all are as they were.
+
+    Raises:
+        QmpInterruptedError: QEMU is gone.
+        QmpCommandError: QEMU does not say what its settings are.
+    """
+    settings = ChangedSettings(client, user.capabilities, user.parameters)
+    await settings.find_changed()
+    with trio.move_on_after(RESTORE_TIMEOUT_S):
+        await _restore_or_warn(settings)
+    return settings.describe()
 
 
 async def _restore_or_warn(settings: ChangedSettings) -> None:

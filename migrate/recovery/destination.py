@@ -23,7 +23,7 @@ from migrate.params import LinkAddress
 from migrate.qemu import queries
 from migrate.qemu.qmp_client import QmpClient
 from migrate.recovery.params import DestinationRecoveryParams
-from migrate.recovery.qemu import KILL_S, is_gone, kill, open_recorded
+from migrate.recovery.qemu import KILL_S, give_settings_back, is_gone, kill, open_recorded
 from migrate.recovery.run import Recovery
 from migrate.session import Session
 from migrate.state_file import ABORTED, COMMITTED, PREPARED, Record, RecordFacts, StateFile
@@ -118,7 +118,9 @@ class DestinationRecovery(Recovery):
             )
         try:
             async with open_recorded(facts, self._params.qmp) as client:
-                return await self._run_as_before(client, facts)
+                where = await self._run_as_before(client, facts)
+                await give_settings_back(client, facts, self._session.warn)
+                return where
         except RecoveryRefusedError as error:
             if error.guest_on is GuestOn.NEITHER:
                 # It may have run here for a while; so nobody may resume another copy.

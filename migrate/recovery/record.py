@@ -41,6 +41,7 @@ def begin_record(
             link=str(link),
             qmp=guest.place.qmp,
             process=guest.place.process,
+            settings=guest.place.settings,
             run_state={True: "running", False: "paused", None: None}[was_running],
         )
     )

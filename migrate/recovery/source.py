@@ -6,8 +6,6 @@ destination knows, and says so over the link; or a person does, who made sure of
 """
 
 import contextlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import trio
 
@@ -25,9 +23,10 @@ from migrate.errors import (
 from migrate.guests.base import Whereabouts
 from migrate.guests.qemu_source import QemuSource
 from migrate.params import LinkAddress
+from migrate.qemu.qmp_client import QmpClient
 from migrate.recovery.advice import asking_advice
 from migrate.recovery.params import SourceRecoveryParams
-from migrate.recovery.qemu import open_recorded
+from migrate.recovery.qemu import give_settings_back, open_recorded, visit_to_give_back
 from migrate.recovery.run import Recovery
 from migrate.session import Session
 from migrate.state_file import COMMIT_SENT, KEPT, PREPARED, RETURNED, RUNNING, Record, StateFile
@@ -71,33 +70,35 @@ class SourceRecovery(Recovery):
         if record.state == COMMIT_SENT:
             return await self._ask(file, record)
         if record.state == RUNNING:
+            await self._give_settings_back(record)
             text = "the destination said that the guest goes on there"
             return Whereabouts(GuestOn.DESTINATION, text, record.facts.run_state)
         return await self._keep(file, record)
 
     async def _keep(self, file: StateFile, record: Record) -> Whereabouts:
         """The guest is ours: have it go on as it was, and forget the migration."""
-        async with self._open_guest(record) as guest:
+        async with open_recorded(record.facts, self._params.qmp) as client:
+            guest = self._guest(client, record)
             if record.state == PREPARED:
                 file.write(KEPT)  # COMMIT was never sent, and never will be
             where = await guest.go_on()
+            if where.guest_on is GuestOn.SOURCE:
+                await give_settings_back(client, record.facts, self._session.warn)
         if where.guest_on is not GuestOn.SOURCE:
             raise RecoveryRefusedError(where.text, guest_on=where.guest_on)
         file.remove()
         return where
 
-    @asynccontextmanager
-    async def _open_guest(self, record: Record) -> AsyncIterator[QemuSource]:
-        async with open_recorded(record.facts, self._params.qmp) as client:
-            # No stream will be opened, so no directory for its socket is needed.
-            guest = QemuSource(
-                client,
-                self._state_dir,
-                record.facts.guest,
-                step_s=self._params.timeouts.qemu_s,
-            )
-            guest.was_running = record.facts.run_state in {None, "running"}
-            yield guest
+    async def _give_settings_back(self, record: Record) -> None:
+        """The source QEMU is done with; its owner may have another use for it."""
+        await visit_to_give_back(record.facts, self._params.qmp, self._session.warn)
+
+    def _guest(self, client: QmpClient, record: Record) -> QemuSource:
+        # No stream will be opened, so no directory for its socket is needed.
+        step_s = self._params.timeouts.qemu_s
+        guest = QemuSource(client, self._state_dir, record.facts.guest, step_s=step_s)
+        guest.was_running = record.facts.run_state in {None, "running"}
+        return guest
 
     async def _ask(self, file: StateFile, record: Record) -> Whereabouts:
         """COMMIT may have arrived: only the destination knows, or a person."""
@@ -132,6 +133,8 @@ class SourceRecovery(Recovery):
     async def _act(self, file: StateFile, answer: Recovered) -> Whereabouts:
         if answer.guest_on == "destination":
             file.write(RUNNING, run_state=answer.run_state)
+            assert file.record is not None
+            await self._give_settings_back(file.record)
             file.remove()
             text = f"the guest is on the destination: {answer.message}"
             return Whereabouts(GuestOn.DESTINATION, text, answer.run_state)

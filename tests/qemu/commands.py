@@ -379,14 +379,22 @@ class Bench:
         return command
 
     async def start_source(
-        self, way: Machine | str | Path, port: int, *arguments: str
+        self, way: Machine | str | Path | None, port: int, *arguments: str
     ) -> Command:
-        """Start migrate-src; ``way`` is a machine, the path of a monitor, or a gateway address."""
+        """Start migrate-src.
+
+        Args:
+            way: A machine, the path of a monitor, a gateway address; None if the arguments say it.
+            port: Of migrate-dst.
+            arguments: More of them.
+        """
         self._count += 1
         folder = self.folder / f"s{self._count}"
         folder.mkdir()
         words = ["--to", f"127.0.0.1:{port}", *arguments]
         match way:
+            case None:
+                pass
             case Machine():
                 words += ["--qmp", str(way.qmp)]
             case Path():

@@ -60,9 +60,9 @@ def fault(bench: Bench, program: str, what: str) -> None:
     bench.programs[program] = [sys.executable, faulty.__file__, what, program]
 
 
-async def holding(bench: Bench, *dst: str, source: tuple[str, ...] = ()) -> Crash:
+async def holding(bench: Bench, *dst: str, machine: Machine | None = None) -> Crash:
     """A migration in which both sides wait, the guest paused on both."""
-    machine = await bench.source(*source)
+    machine = machine or await bench.source()
     destination = await bench.destination(*dst, qemu=None if dst else bench.qemu_command())
     src = await bench.start_source(machine, destination.port, "--hold-before-commit")
     await src.wait_line("holding before commit")
@@ -82,13 +82,17 @@ async def killed_before_committed(bench: Bench, *dst: str) -> Crash:
 
 async def test_source_command_was_killed_before_the_commit(short_tmp: Path) -> None:
     async with Bench.open(short_tmp) as bench:
-        crash = await holding(bench)
+        machine = await bench.source()
+        users = await machine.settings()
+        crash = await holding(bench, machine=machine)
         crash.src.kill()
         await crash.fails(crash.dst, 11, "migrate-src at 127.0.0.1", "source")
         assert crash.src.state_files == ["PREPARED"]
         assert await crash.source.run_state() == "postmigrate"
+        assert await machine.settings() != users
         await crash.succeeds(await bench.recover(crash.src), "source")
         assert await crash.source.runs()
+        assert await machine.settings() == users
         assert crash.src.state_files == []
 
 
@@ -123,14 +127,17 @@ async def test_the_last_line_says_exactly_what_to_type(short_tmp: Path) -> None:
 
 async def test_source_command_was_killed_after_commit(short_tmp: Path) -> None:
     async with Bench.open(short_tmp) as bench:
+        machine = await bench.source()
+        users = await machine.settings()
         fault(bench, "migrate-src", "die_when_recorded=RUNNING")
-        crash = await holding(bench)
+        crash = await holding(bench, machine=machine)
         crash.src.process.send_signal(signal.SIGUSR1)
         assert await crash.dst.wait() == 0
         assert crash.dst.state_files == ["COMMITTED"]
         assert crash.src.state_files == ["RUNNING"]
         await crash.succeeds(await bench.recover(crash.src), "destination")
         assert await crash.source.run_state() == "postmigrate"
+        assert await machine.settings() == users  # its owner may have another use for it
         assert await runs(await bench.monitor_of(crash.dst))
 
 

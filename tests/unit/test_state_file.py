@@ -13,6 +13,7 @@ import trio
 
 from migrate.errors import MigrationError, RecordBusyError, RecoveryRefusedError
 from migrate.qemu.process_mark import ProcessMark, is_stopped
+from migrate.qemu.settings import UserSettings
 from migrate.state_file import (
     ABORTED,
     COMMIT_SENT,
@@ -97,7 +98,9 @@ def test_nothing_can_be_recorded_before_the_start_or_twice(tmp_path: Path) -> No
 def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
     mark = ProcessMark.of(os.getpid())
     facts = RecordFacts(
-        ID, "withheld", "incoming", "q", "p", "h:1", Path("/q.sock"), mark, run_state="paused"
+        *(ID, "withheld", "incoming", "q", "p", "h:1", Path("/q.sock"), mark),
+        run_state="paused",
+        settings=UserSettings({"events": False}, {"downtime-limit": 300, "tls-creds": ""}),
     )
     record = StateFile(tmp_path, "destination", b"another name")
     record.begin(facts)
@@ -108,6 +111,14 @@ def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
     assert found.command_pid == os.getpid()
     assert json.loads(record.path.read_text())["state"] == COMMITTED
     assert record.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_record_of_an_older_version_has_no_settings_to_give_back(tmp_path: Path) -> None:
+    record = begun(tmp_path, "source")
+    content = json.loads(record.path.read_text())
+    del content["settings"]
+    record.path.write_text(json.dumps(content))
+    assert read_record(record.path).facts == FACTS
 
 
 def test_a_record_is_found_by_its_path_or_by_the_number_of_its_migration(
