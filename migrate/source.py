@@ -46,12 +46,7 @@ from migrate.report.progress import ProgressState
 from migrate.report.report import Report
 from migrate.ring_guard import SourceRingGuard
 from migrate.sending import HANDOVER_RESERVE_MS, Sender
-from migrate.session import (
-    PROGRESS_S,
-    Session,
-    most_telling,
-    told_or_bug,
-)
+from migrate.session import PROGRESS_S, Session, most_telling, told_or_bug
 from migrate.source_report import progress_state, source_report
 from migrate.stalling import StallWatch
 from migrate.transport.guard import Guard
@@ -66,6 +61,9 @@ from proto.qemu.format import RP_SHUT
 from proto.qemu.return_path import ReturnPathReader
 
 FAREWELL_S = 3.0
+
+WHERE_S = 1.0
+"""The destination is told where the guest is then, if that is known by so much later."""
 
 
 class SourceRun:
@@ -214,33 +212,34 @@ class SourceRun:
         if handover is not None and self._may_run_there():
             error.guest_on = GuestOn.HANDED_OVER if handover.shut_relayed else GuestOn.UNKNOWN
             return
-        with (
-            trio.CancelScope(shield=True),
-            trio.move_on_after(self._params.timeouts.call_off_s),
-        ):
+        known = trio.Event()
+        with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._say_abort, error)
+                nursery.start_soon(self._say_abort, error, known)
                 where = await self._go_on(guest)  # at once: the guest may be standing still
+                error.guest_on, self._run_state = where.guest_on, where.run_state
+                known.set()
                 self._session.say(where.text)
-            error.guest_on = where.guest_on
-            self._run_state = where.run_state
-            if handover is not None and where.guest_on is GuestOn.SOURCE:
-                handover.state_file.remove()
-            return
-        error.guest_on = GuestOn.UNKNOWN
+        if handover is not None and where.guest_on is GuestOn.SOURCE:
+            handover.state_file.remove()
 
     def _may_run_there(self) -> bool:
         handover = self._handover
         return handover is not None and (handover.commit_sent or handover.shut_relayed)
 
     async def _go_on(self, guest: SourceGuest) -> Whereabouts:
-        try:
-            return await guest.go_on()
-        except MigrationError as error:
-            return Whereabouts(GuestOn.UNKNOWN, f"cannot bring the guest back: {error}")
+        limit_s = self._params.timeouts.call_off_s
+        with trio.move_on_after(limit_s):
+            try:
+                return await guest.go_on()
+            except MigrationError as error:
+                return Whereabouts(GuestOn.UNKNOWN, f"cannot bring the guest back: {error}")
+        return Whereabouts(GuestOn.UNKNOWN, f"the guest is not back after {limit_s:.0f} s")
 
-    async def _say_abort(self, error: MigrationError) -> None:
+    async def _say_abort(self, error: MigrationError, known: trio.Event) -> None:
         if self._link is not None:
+            with trio.move_on_after(WHERE_S):
+                await known.wait()
             abort = messages.Abort(error.code, clip_text(str(error)), error.guest_on.value)
             with trio.move_on_after(FAREWELL_S):
                 await self._link.farewell(abort)

@@ -426,6 +426,35 @@ async def test_guest_that_its_user_stopped_stays_so_when_the_migration_fails(
         assert await run.source.stands_still() is not resumed
 
 
+async def test_a_peer_that_hangs_is_no_reason_not_to_know_where_the_guest_is(
+    short_tmp: Path,
+) -> None:
+    """The last word that nobody reads takes longer than this QEMU is given to come back."""
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source(noise_mib=NOISE_MIB, hot_pages=1024)
+        dst = await bench.destination(qemu=bench.qemu_command())
+        patience = ("--peer-timeout", "3s", "--qemu-timeout", "1500ms")
+        src = await bench.start_source(source, dst.port, *PHASES["pre-copy"], *patience)
+        await source.wait_round(2)
+        dst.process.send_signal(signal.SIGSTOP)
+        assert await src.wait() == 11, src.text
+        assert src.guest_on == "source"
+        assert src.state_files == []
+        assert await source.runs()
+        dst.kill()
+
+
+async def test_source_qemu_that_died_is_not_where_the_guest_is(short_tmp: Path) -> None:
+    """Whatever was the first to notice: the destination is told what is known in the end."""
+    async with Bench.open(short_tmp) as bench:
+        run = await migrating(bench, "hold")
+        run.source.process.kill()
+        await run.source.process.wait()
+        run.src.process.send_signal(signal.SIGINT)
+        await run.fails(run.src, 30, "cancelled by SIGINT", "neither")
+        await run.fails(run.dst, 12, "the source gave up: cancelled by SIGINT", "neither")
+
+
 async def test_interrupt_while_the_destination_command_hangs(short_tmp: Path) -> None:
     """Nobody reads what is under way, nor the last word; the guest is what counts."""
     async with Bench.open(short_tmp) as bench:
