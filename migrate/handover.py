@@ -141,7 +141,8 @@ class SourceHandover:
             return
         await self.guest.let_go()  # nobody runs; dies: ``cont`` at the source
         self.times.let_go_ns = self.runtime.now_ns()
-        await self.link.try_send(messages.SourceDone())
+        # Whoever cannot hear this could not hear COMMIT: the guest is still the source's.
+        await self.link.send(messages.SourceDone())
         if self.hold is not None:
             await self.hold()  # nobody runs; dies: ``cont`` at the source
         await self._commit()
