@@ -17,7 +17,7 @@ from migrate.control.codec_choice import (
     Trial,
 )
 from migrate.control.delta_choice import DeltaChoice, delta_codec
-from migrate.control.goodput import GoodputEstimate
+from migrate.control.link_meter import LinkEstimate
 from migrate.pages.classify import ClassifiedPages
 from migrate.pages.encode import NOTHING, Encoded, encode_rows, make_batch
 from migrate.pages.page_cache import KeepRule, Rows
@@ -61,7 +61,7 @@ class PageEncoder:
         self._runtime = runtime
         self._choice = CodecChoice(max(1, runtime.processors // 2))
         self._deltas = DeltaChoice()
-        self._link: GoodputEstimate | None = None
+        self._link: LinkEstimate | None = None
         self._delta_codec = delta_codec(compress.mode)
 
     @property
@@ -90,12 +90,15 @@ class PageEncoder:
         words = self._deltas.max_words(compresses=compresses, spares_link=spares_link)
         return KeepRule(fresh, words)
 
-    def plan(self, pages: ClassifiedPages, link: GoodputEstimate | None) -> Plan:
+    def plan(
+        self, pages: ClassifiedPages, link: LinkEstimate | None, *, encoder_bound: bool = False
+    ) -> Plan:
         """Choose codecs for the next batch; call it once for each, in their order.
 
         Args:
             pages: The batch.
             link: What the link carried lately, ``None`` while unknown.
+            encoder_bound: What is sent waits for encoders.
         """
         self._link = link
         deltas = self._delta_codec if len(pages.delta_pages) else None
@@ -103,7 +106,9 @@ class PageEncoder:
             return Plan(deltas=deltas)
         if self._compress.mode != "auto":
             return Plan(self._literal_codec, None, deltas)
-        return Plan(self._choice.choose(link), self._choice.probe(), deltas)
+        return Plan(
+            self._choice.choose(link, encoder_bound=encoder_bound), self._choice.probe(), deltas
+        )
 
     def pass_on(self, pages: ClassifiedPages) -> PageBatch:
         """Make a batch of which nothing has to be encoded."""

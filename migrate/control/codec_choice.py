@@ -5,15 +5,17 @@ through at the slower of two rates: what the encoder threads take in, and what t
 carries divided by the codec's ratio. The policy estimates both for every candidate and takes
 the best, with these brakes:
 
+* pages go as they are until the link is seen to be the limit: that is how its rate becomes known,
+  within milliseconds, and where it never is nothing is gained by an encoder. The first choice
+  after that is made at once;
 * a choice stays for at least ``DWELL_BATCHES``;
 * a codec that costs more processor time must promise 10 % more, one that costs less may promise
   2 % less: both QEMUs share the processor with us, so a tie goes to the cheaper one;
-* when neither link nor encoder is the limit (the guest is) for ``IDLE_BATCHES`` on end, the
-  cheapest codec that is fast enough wins;
+* while the guest is what everybody waits for, everything stays as it is: a codec saves bytes;
 * candidates are compared on the same pages: one batch in 64 is encoded a second time by a
   neighbour, whose output is thrown away. What the codec in use says of the content later moves
   the estimates of all, their proportions stay as they were measured;
-* the link's rate is only known while it is the limit. When the encoder is, the last known
+* the link's rate is only known while it is the limit. When the encoders are, the last known
   rate is dropped now and then to see whether the link has become faster, each failed try doubling
   the wait.
 """
@@ -21,7 +23,7 @@ the best, with these brakes:
 from dataclasses import dataclass
 from typing import Final
 
-from migrate.control.goodput import GoodputEstimate
+from migrate.control.link_meter import LinkEstimate
 
 DWELL_BATCHES: Final = 16
 """Batches between two changes: 16 MiB, about a third of a second at 200 Mbit/s with zstd."""
@@ -30,11 +32,6 @@ PROBE_EVERY_BATCHES: Final = 64
 FIRST_PROBE_BATCH: Final = 8
 """One batch in 64 is encoded twice, the first early: what is believed of a codec before is a guess
 for RAM that nobody has seen."""
-
-IDLE_BATCHES: Final = 64
-"""Batches for which link and encoders must have waited for the guest before they get less work: the
-first pages of a guest trickle between zero pages, and 16 MiB of them sent as they are would be
-felt on a slow link."""
 
 FIRST_OPTIMISM_BATCHES: Final = 64
 MAX_OPTIMISM_BATCHES: Final = 8192
@@ -47,12 +44,10 @@ like a link of 3 Gbit/s is most often two busy hosts, and an encoder makes them 
 
 _UPGRADE_GAIN: Final = 1.10
 _DOWNGRADE_LOSS: Final = 0.98
-_DEMAND_MARGIN: Final = 1.25
 _FREE_CAPACITY: Final = 2.0
 _FREE_CAPACITY_HELD: Final = 1.5
 """Encoders that could take in this many times what the link lets through are free: then a stronger
 codec costs nobody anything and saves bytes. The lower bound holds for a codec in use."""
-_ENCODER_BOUND: Final = 0.7
 _WEIGHT: Final = 0.25
 """Weight of a new batch in the running averages."""
 _PROBE_WEIGHT: Final = 0.5
@@ -171,27 +166,28 @@ class CodecChoice:
     """Choose a codec per batch. Not for several threads at once."""
 
     def __init__(self, workers: int, priors: tuple[CodecPrior, ...] = PRIORS) -> None:
-        """Start with zstd:3: right on links of up to a few Gbit/s, some milliseconds on others.
+        """Start with pages as they are, for a link that nobody knows.
 
         Args:
             workers: Encoder threads that can run at the same time, at least 1.
-            priors: Candidates from cheap to strong, among them zstd:3.
+            priors: Candidates from cheap to strong, first of all none.
 
         Raises:
-            ValueError: No worker, or zstd:3 is missing.
+            ValueError: No worker, or the first candidate is a codec.
         """
         if workers < 1:
             raise ValueError(f"expected at least one worker, got {workers}")
+        if priors[0].setting != NONE:
+            raise ValueError(f"expected no codec as the first candidate: {priors[0].setting}")
         self._workers = workers
         self._candidates = [_Candidate(prior) for prior in priors]
         self._content = _Content()
-        self._current = [prior.setting for prior in priors].index(ZSTD_3)
+        self._current = 0
         self._link_bps: float | None = None
         self._batches = 0
         self._since_change = 0
         self._wish = self._current
         self._wished_for = 0
-        self._idle_batches = 0
         self._probe_upwards = True
         self._encoder_bound_batches = 0
         self._optimism_batches = FIRST_OPTIMISM_BATCHES
@@ -248,20 +244,22 @@ class CodecChoice:
             speed = mine.speed_bps * trial.encode_ns / probe.encode_ns
             other.speed_bps += _PROBE_WEIGHT * (speed - other.speed_bps)
 
-    def choose(self, link: GoodputEstimate | None) -> CodecSetting:
+    def choose(self, link: LinkEstimate | None, *, encoder_bound: bool) -> CodecSetting:
         """Choose the codec of the next batch.
 
         Args:
             link: What the link carried lately, ``None`` while unknown.
+            encoder_bound: What is sent waits for encoders.
         """
         self._batches += 1
         self._since_change += 1
         if link is not None:
-            self._learn_link(link)
-            idle = not link.saturated and not self._encoder_bound(link)
-            self._idle_batches = self._idle_batches + 1 if idle else 0
-            if self._since_change >= DWELL_BATCHES:
-                self._reconsider(link)
+            was_known = self._link_bps is not None
+            self._learn_link(link, encoder_bound=encoder_bound)
+            if was_known != (self._link_bps is not None):
+                self._change(self._best() if link.saturated else 0)
+            elif self._since_change >= DWELL_BATCHES and (link.saturated or encoder_bound):
+                self._reconsider()
         return self.current
 
     def probe(self) -> CodecSetting | None:
@@ -270,7 +268,7 @@ class CodecChoice:
             return None
         return self._neighbour()
 
-    def _learn_link(self, link: GoodputEstimate) -> None:
+    def _learn_link(self, link: LinkEstimate, *, encoder_bound: bool) -> None:
         if link.saturated:
             if self._trying_optimism:
                 # The link was dropped in vain: its limit is still where it was.
@@ -281,7 +279,7 @@ class CodecChoice:
             return
         if self._link_bps is not None:
             self._link_bps = max(self._link_bps, link.wire_bps)
-        if not self._encoder_bound(link):
+        if not encoder_bound:
             self._encoder_bound_batches = 0
             return
         self._encoder_bound_batches += 1
@@ -290,26 +288,20 @@ class CodecChoice:
             self._trying_optimism = True
             self._encoder_bound_batches = 0
 
-    def _demand_bps(self, link: GoodputEstimate) -> float:
-        """Raw bytes per second that pass the encoders now."""
-        return link.wire_bps / self._ratio(self._candidates[self._current])
-
-    def _encoder_bound(self, link: GoodputEstimate) -> bool:
-        capacity = self._encoders_bps(self._candidates[self._current])
-        return self._demand_bps(link) >= _ENCODER_BOUND * capacity
-
-    def _reconsider(self, link: GoodputEstimate) -> None:
-        if link.saturated or self._encoder_bound(link):
-            better = self._strongest_free(self._fastest())
-        elif self._idle_batches >= IDLE_BATCHES:
-            better = self._cheapest_for(_DEMAND_MARGIN * self._demand_bps(link))
-        else:
-            return
+    def _reconsider(self) -> None:
+        better = self._best()
         self._wished_for = self._wished_for + 1 if better == self._wish else 1
         self._wish = better
         if better != self._current and self._wished_for >= PATIENCE_BATCHES:
-            self._current = better
+            self._change(better)
+
+    def _change(self, better: int) -> None:
+        if better != self._current:
+            self._current = self._wish = better
             self._since_change = 0
+
+    def _best(self) -> int:
+        return self._strongest_free(self._fastest())
 
     def _fastest(self) -> int:
         throughputs = self._throughputs()
@@ -334,13 +326,6 @@ class CodecChoice:
             if self._allowed(index) and self._encoders_bps(candidate) >= needed:
                 return index
         return fastest
-
-    def _cheapest_for(self, demand_bps: float) -> int:
-        throughputs = self._throughputs()
-        for index in range(self._current):
-            if throughputs[index] >= demand_bps:
-                return index
-        return self._current
 
     def _throughputs(self) -> list[float]:
         return [
@@ -369,9 +354,7 @@ class CodecChoice:
             return True
         # Half as much again before a codec in use is dropped, so that the border is no swing.
         border = 1.5 * limit if index == self._current else limit
-        if self._link_bps is None:
-            return limit > SLOW_LINK_BPS
-        return self._link_bps < border
+        return self._link_bps is not None and self._link_bps < border
 
     def _neighbour(self) -> CodecSetting | None:
         """Alternate between the next stronger and the next cheaper candidate."""

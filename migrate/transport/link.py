@@ -9,6 +9,7 @@ from migrate.errors import PeerLostError, PeerProtocolError
 from migrate.transport.bell import Bell
 from migrate.transport.channels import LINK_NOTSENT_BYTES, Buffer
 from migrate.transport.stream import LinkStream
+from migrate.transport.tcp_info import TcpState, joint_state
 from proto.errors import RemoteProtocolError, VersionMismatchError
 from proto.guest_events import NEED_DATA, NeedData
 from proto.link.dispatch import FRAMES
@@ -85,6 +86,11 @@ class Link:
     def stream_count(self) -> int:
         """Connections in use."""
         return len(self._streams)
+
+    @property
+    def tcp_state(self) -> TcpState | None:
+        """How the kernel sees the connections' sending halves; ``None`` where no kernel does."""
+        return joint_state([stream.tcp_state for stream in self._streams.values()])
 
     @property
     def sent_bytes(self) -> int:

@@ -27,6 +27,7 @@ from migrate.transport.channels import (
     tune_link,
 )
 from migrate.transport.stream import DISCARD_BYTES, LinkStream, TaskStream
+from migrate.transport.tcp_info import TcpState, tcp_state
 from migrate.transport.tls import TlsSocket
 from migrate.transport.tls_channel import TlsChannel
 from proto.link.connection import LinkConnection
@@ -204,6 +205,11 @@ class SocketStream(LinkStream):
             found = fcntl.ioctl(self._sock.fileno(), SIOCOUTQNSD, bytes(4))
             return int.from_bytes(found, "little")
         return 0
+
+    @property
+    def tcp_state(self) -> TcpState | None:
+        """See the base."""
+        return tcp_state(self._sock)
 
     def limit_unsent(self, n_bytes: int) -> None:
         """See the base."""

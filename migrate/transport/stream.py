@@ -28,6 +28,7 @@ from migrate.transport.channels import (
     take_off,
     tune_link,
 )
+from migrate.transport.tcp_info import TcpState
 from proto.guest_events import NEED_DATA, NeedData
 from proto.link.connection import Arrival, LinkConnection
 from proto.link.frames import Frame
@@ -145,6 +146,11 @@ class LinkStream(ABC):
     @abstractmethod
     def unsent_bytes(self) -> int:
         """Bytes that have left this process and not this host."""
+
+    @property
+    def tcp_state(self) -> TcpState | None:
+        """How the kernel sees the sending half; ``None`` where no kernel does."""
+        return None
 
     @abstractmethod
     def limit_unsent(self, n_bytes: int) -> None:

@@ -122,6 +122,10 @@ class TlsChannel:
         sent, self._encrypted_bytes = self._encrypted_bytes, 0
         return sent
 
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        """See ``socket.getsockopt``."""
+        return self._sock.getsockopt(level, option, size)
+
     def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
         """Tune the TCP connection below."""
         self._sock.setsockopt(level, option, value)

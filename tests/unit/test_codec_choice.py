@@ -8,7 +8,6 @@ import pytest
 from migrate.control.codec_choice import (
     DWELL_BATCHES,
     FIRST_PROBE_BATCH,
-    IDLE_BATCHES,
     LZ4,
     NONE,
     PROBE_EVERY_BATCHES,
@@ -18,7 +17,7 @@ from migrate.control.codec_choice import (
     CodecSetting,
     Trial,
 )
-from migrate.control.goodput import GoodputEstimate
+from migrate.control.link_meter import LinkEstimate
 
 MIB = 1 << 20
 COMPRESSIBLE = {NONE: 1.0, LZ4: 0.6, ZSTD_3: 0.5, ZSTD_6: 0.46}
@@ -39,13 +38,15 @@ class World:
 
     def __post_init__(self) -> None:
         self.choice = CodecChoice(self.workers)
-        self.estimate: GoodputEstimate | None = None
+        self.estimate: LinkEstimate | None = None
+        self.encoder_bound = False
+        self.raw_bps = 0.0
         self.kept: list[CodecSetting] = []
         self.probed: list[CodecSetting | None] = []
 
     def run(self, batches: int) -> None:
         for number in range(batches):
-            setting = self.choice.choose(self.estimate)
+            setting = self.choice.choose(self.estimate, encoder_bound=self.encoder_bound)
             probe = self.choice.probe()
             self.kept.append(setting)
             self.probed.append(probe)
@@ -65,10 +66,10 @@ class World:
     def _measure(self, setting: CodecSetting) -> None:
         link_raw_bps = self.link_bps / self.ratios[setting]
         raw_bps = min(self.guest_bps, SPEED_BPS[setting] * self.workers, link_raw_bps)
-        self.estimate = GoodputEstimate(
-            wire_bps=raw_bps * self.ratios[setting],
-            raw_bps=raw_bps,
-            saturated=raw_bps == link_raw_bps,
+        self.raw_bps = raw_bps
+        self.encoder_bound = raw_bps == SPEED_BPS[setting] * self.workers and setting != NONE
+        self.estimate = LinkEstimate(
+            wire_bps=raw_bps * self.ratios[setting], saturated=raw_bps == link_raw_bps
         )
 
     def changes(self, start: int = 0) -> int:
@@ -76,9 +77,23 @@ class World:
         return sum(a != b for a, b in pairwise(kept))
 
 
-def test_it_starts_with_zstd_3_and_stays_while_the_link_is_unknown() -> None:
+def test_pages_go_as_they_are_while_the_link_is_unknown() -> None:
     choice = CodecChoice(workers=2)
-    assert {choice.choose(None) for _ in range(200)} == {ZSTD_3}
+    assert {choice.choose(None, encoder_bound=False) for _ in range(200)} == {NONE}
+
+
+def test_a_link_that_is_not_the_limit_gets_no_codec() -> None:
+    choice = CodecChoice(workers=2)
+    for rate in (1e6, 30e6, 120e6):
+        link = LinkEstimate(rate, saturated=False)
+        assert {choice.choose(link, encoder_bound=False) for _ in range(100)} == {NONE}
+
+
+def test_a_link_that_is_the_limit_gets_a_codec_with_the_first_estimate() -> None:
+    choice = CodecChoice(workers=2)
+    choice.choose(None, encoder_bound=False)
+    limit = LinkEstimate(125e6, saturated=True)
+    assert choice.choose(limit, encoder_bound=False) == ZSTD_3
 
 
 def test_200_mbit_gets_zstd_at_once_and_for_good() -> None:
@@ -93,14 +108,14 @@ def test_100_mbit_gets_the_strong_level_as_long_as_the_encoders_are_half_idle() 
     world = World(link_bps=12.5e6)
     world.run(400)
     assert world.choice.current == ZSTD_6
-    assert world.changes() == 1
+    assert world.changes() <= 2
 
 
 @pytest.mark.parametrize("link_bps", [125e6, 240e6])
-def test_1_and_2_gbit_get_zstd_3_from_the_first_batch_on(link_bps: float) -> None:
+def test_1_and_2_gbit_get_zstd_3_from_the_second_batch_on(link_bps: float) -> None:
     world = World(link_bps)
     world.run(400)
-    assert set(world.kept) == {ZSTD_3}
+    assert (world.kept[0], set(world.kept[1:])) == (NONE, {ZSTD_3})
     assert ZSTD_6 not in world.probed
 
 
@@ -108,30 +123,29 @@ def test_half_random_pages_that_lz4_hardly_shrinks_stay_with_zstd() -> None:
     ratios = {NONE: 1.0, LZ4: 0.8, ZSTD_3: 0.56, ZSTD_6: 0.555}
     world = World(125e6, ratios=ratios, noise=0.2)
     world.run(400)
-    assert set(world.kept) == {ZSTD_3}
+    assert set(world.kept[1:]) == {ZSTD_3}
 
 
-def test_a_short_wait_for_the_guest_changes_nothing() -> None:
-    world = World(link_bps=125e6, guest_bps=50e6)
-    world.run(IDLE_BATCHES - 1)
-    world.guest_bps = UNSHAPED
-    world.run(200)
-    assert set(world.kept) == {ZSTD_3}
+def test_waiting_for_the_guest_changes_nothing() -> None:
+    world = World(link_bps=125e6)
+    world.run(50)
+    world.guest_bps = 50e6
+    world.run(1000)
+    assert set(world.kept[1:]) == {ZSTD_3}
+    assert world.raw_bps == 50e6
 
 
 def test_10_gbit_is_not_slowed_down_by_an_encoder() -> None:
     world = World(link_bps=1.25e9)
     world.run(1000)
-    raw_bps = world.estimate.raw_bps if world.estimate else 0.0
-    assert world.choice.current == NONE
-    assert raw_bps >= 1.2e9
+    assert set(world.kept) == {NONE}
+    assert world.raw_bps >= 1.2e9
 
 
 def test_memory_to_memory_gets_no_codec() -> None:
     world = World(link_bps=UNSHAPED)
     world.run(200)
-    assert world.choice.current == NONE
-    assert world.changes() == 1
+    assert set(world.kept) == {NONE}
 
 
 @pytest.mark.parametrize("link_bps", [25e6, 125e6, 1.25e9, UNSHAPED])
@@ -159,23 +173,6 @@ def test_ram_that_becomes_incompressible_is_noticed_at_once() -> None:
     assert world.choice.current == NONE
 
 
-def test_a_guest_that_is_slower_than_the_link_leaves_the_processor_alone() -> None:
-    world = World(link_bps=125e6, guest_bps=80e6)
-    world.run(200)
-    assert world.choice.current == NONE
-    assert world.estimate is not None
-    assert world.estimate.raw_bps == 80e6
-
-
-def test_a_guest_just_faster_than_the_link_gets_the_cheapest_codec_that_keeps_up() -> None:
-    world = World(link_bps=125e6, guest_bps=150e6)
-    world.run(600)
-    assert world.choice.current == LZ4
-    assert world.changes() <= 3
-    assert world.estimate is not None
-    assert world.estimate.raw_bps == 150e6
-
-
 @pytest.mark.parametrize(
     "link_bps", [5e6, 25e6, 45e6, 60e6, 125e6, 312e6, 600e6, 1.25e9, UNSHAPED]
 )
@@ -188,10 +185,10 @@ def test_noise_never_makes_it_swing(link_bps: float, guest_bps: float) -> None:
 
 def test_changes_are_a_dwell_apart() -> None:
     world = World(link_bps=125e6)
-    for link_bps in (UNSHAPED, 5e6, UNSHAPED, 125e6):
+    for link_bps in (125e6, 5e6, 125e6, 5e6):
         world.link_bps = link_bps
         world.run(30)
-    at = [i for i in range(1, len(world.kept)) if world.kept[i] != world.kept[i - 1]]
+    at = [i for i in range(2, len(world.kept)) if world.kept[i] != world.kept[i - 1]]
     assert len(at) >= 3
     assert min(b - a for a, b in pairwise(at)) >= DWELL_BATCHES
 

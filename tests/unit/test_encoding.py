@@ -9,7 +9,7 @@ import pytest
 
 from migrate.control.codec_choice import LZ4, NONE, ZSTD_1, ZSTD_3, CodecSetting
 from migrate.control.delta_choice import PAGE_WORDS, SMALL_WORDS, DeltaChoice, delta_codec
-from migrate.control.goodput import GoodputEstimate
+from migrate.control.link_meter import LinkEstimate
 from migrate.encoding import PageEncoder, Plan
 from migrate.pages.classify import ClassifiedPages
 from migrate.pages.page_cache import KeepRule
@@ -71,7 +71,7 @@ async def encoded(encoder: PageEncoder, found: ClassifiedPages, plan: Plan) -> P
         (Compress("none"), NONE, NONE),
         (Compress("lz4"), LZ4, LZ4),
         (Compress("zstd", 9), CodecSetting("zstd", 9), ZSTD_1),
-        (Compress("auto"), ZSTD_3, ZSTD_1),
+        (Compress("auto"), NONE, ZSTD_1),
     ],
 )
 async def test_literals_and_deltas_have_codecs_of_their_own(
@@ -83,7 +83,7 @@ async def test_literals_and_deltas_have_codecs_of_their_own(
     both = pages(literals=8, deltas=0 if deltas == NONE else 4)
     plan = encoder.plan(both, None)
     assert plan == Plan(literals, None, None if deltas == NONE else deltas)
-    assert plan.is_instant == (literals == NONE)
+    assert plan.is_instant == (literals == deltas == NONE)
     batch = await encoded(encoder, both, plan)
     assert batch.pages_by_class == {
         "zero": 0, "same": 0, "ref": 0, "delta": len(both.delta_pages), "literal": 8
@@ -118,18 +118,18 @@ def test_nothing_to_encode_is_passed_on_as_it_is() -> None:
 async def test_on_a_link_faster_than_encoders_only_pages_that_come_back_are_kept() -> None:
     encoder = PageEncoder(Compress("auto"), Recorded())
     assert not encoder.keep_rule().fresh
-    fast = GoodputEstimate(2e9, 2e9, saturated=True)
+    fast = LinkEstimate(2e9, saturated=True)
     found = pages(literals=2)
     for _ in range(200):
         await encoded(encoder, found, encoder.plan(found, fast))
     assert encoder.keep_rule() == KeepRule(fresh=False, max_words=SMALL_WORDS)
-    encoder.plan(found, GoodputEstimate(2e8, 2e8, saturated=False))
+    encoder.plan(found, LinkEstimate(2e8, saturated=False))
     assert not encoder.keep_rule().fresh, "that may be a fast link and a busy guest"
 
 
 async def test_what_does_not_compress_is_kept_on_a_slow_link() -> None:
     encoder = PageEncoder(Compress("auto"), Recorded())
-    slow = GoodputEstimate(2e7, 2e7, saturated=True)
+    slow = LinkEstimate(2e7, saturated=True)
     found = replace(
         pages(literals=2), literals=RANDOM.integers(0, 256, (2, PAGE_SIZE), np.uint8)
     )
