@@ -59,7 +59,7 @@ class PageEncoder:
     def __init__(self, compress: Compress, runtime: Runtime) -> None:
         self._compress = compress
         self._runtime = runtime
-        self._choice = CodecChoice(max(1, runtime.processors // 2))
+        self._choice = CodecChoice()
         self._deltas = DeltaChoice()
         self._link: LinkEstimate | None = None
         self._delta_codec = delta_codec(compress.mode)
@@ -91,14 +91,14 @@ class PageEncoder:
         return KeepRule(fresh, words)
 
     def plan(
-        self, pages: ClassifiedPages, link: LinkEstimate | None, *, encoder_bound: bool = False
+        self, pages: ClassifiedPages, link: LinkEstimate | None, *, hungry: bool = False
     ) -> Plan:
         """Choose codecs for the next batch; call it once for each, in their order.
 
         Args:
             pages: The batch.
             link: What the link carried lately, ``None`` while unknown.
-            encoder_bound: What is sent waits for encoders.
+            hungry: The link has nothing to send, and what comes next is still encoded.
         """
         self._link = link
         deltas = self._delta_codec if len(pages.delta_pages) else None
@@ -106,9 +106,7 @@ class PageEncoder:
             return Plan(deltas=deltas)
         if self._compress.mode != "auto":
             return Plan(self._literal_codec, None, deltas)
-        return Plan(
-            self._choice.choose(link, encoder_bound=encoder_bound), self._choice.probe(), deltas
-        )
+        return Plan(self._choice.choose(link, hungry=hungry), self._choice.probe(), deltas)
 
     def pass_on(self, pages: ClassifiedPages) -> PageBatch:
         """Make a batch of which nothing has to be encoded."""
@@ -126,14 +124,13 @@ class PageEncoder:
         """
         differences = literals = NOTHING
         if plan.deltas is not None:
-            differences, _ = await self._run(pages.differences, plan.deltas, DELTA_COST)
-        encode_ns = 0
+            differences = await self._run(pages.differences, plan.deltas, DELTA_COST)
         if plan.literals is not None:
             name = str(plan.literals)
-            literals, encode_ns = await self._run(pages.literals, plan.literals, name)
+            literals = await self._run(pages.literals, plan.literals, name)
         ready(make_batch(pages, literals, differences))
         if plan.literals is not None:
-            trial = Trial(plan.literals, len(literals.data), encode_ns)
+            trial = Trial(plan.literals, len(literals.data))
             await self._learn(pages.literals, trial, plan.probe)
 
     async def _learn(self, rows: Rows, trial: Trial, probe: CodecSetting | None) -> None:
@@ -143,13 +140,14 @@ class PageEncoder:
             return
         probed = None
         if probe is not None:
-            thrown_away, probe_ns = await self._run(rows, probe, str(probe))
-            probed = Trial(probe, len(thrown_away.data), probe_ns)
+            thrown_away = await self._run(rows, probe, str(probe))
+            probed = Trial(probe, len(thrown_away.data))
         self._choice.observe(rows.nbytes, trial, probed)
 
-    async def _run(self, rows: Rows, setting: CodecSetting, cost: str) -> tuple[Encoded, int]:
+    async def _run(self, rows: Rows, setting: CodecSetting, cost: str) -> Encoded:
         if setting == NONE:
-            return encode_rows(rows, None), 0
+            return encode_rows(rows, None)
         codec: Codec = make_codec(CODEC_IDS[setting.codec], setting.level or 1)
         costs = ((cost, rows.nbytes),)
-        return await self._runtime.work(Step.ENCODE, costs, encode_rows, rows, codec)
+        encoded, _ = await self._runtime.work(Step.ENCODE, costs, encode_rows, rows, codec)
+        return encoded

@@ -53,9 +53,6 @@ MAX_BURST_BYTES = 4 << 20
 """How much is read from the guest at a time: 10 ms of the present rate, within these bounds. A
 large burst saves thread hops on a fast link, and on a slow one it would be downtime."""
 
-ENCODER_BOUND_SHARE = 0.3
-"""Encoders are the limit when sending waits for them this share of the time."""
-
 STATE_CODEC = CodecSetting("zstd", 1)
 """Codec of device state and opaque bytes."""
 
@@ -228,8 +225,8 @@ class Outbound:
                 await self.sender.backlog.put(item, item.raw_bytes + part.zero_pages.nbytes)
             return
         item = self._outgoing(pages)
-        bound = self.sender.encoder_share >= ENCODER_BOUND_SHARE
-        plan = self._encoder.plan(pages, self.sender.link_estimate(), encoder_bound=bound)
+        link, hungry = self.sender.look_at_link()
+        plan = self._encoder.plan(pages, link, hungry=hungry)
         item.codec = plan.literals
         if plan.is_instant:
             self._make_ready(item, self._encoder.pass_on(pages))

@@ -30,9 +30,6 @@ STOPPED_BACKLOG_BYTES = 64 * 2**20
 HANDOVER_RESERVE_MS = 110
 """Taken off the downtime limit before QEMU hears it: what verify, load and commit need here."""
 
-WAITS_WINDOW_NS = 100_000_000
-"""How far back ``encoder_share`` looks, about."""
-
 NOTE_NS = 20_000_000
 """How often the round's goodput is noted and the kernel's send queue fitted to the link."""
 
@@ -87,7 +84,6 @@ class Sender:
         goodput: What the destination guest consumes.
         carried: What the link carries, whether or not the guest takes it in.
         meter: The same as the kernel sees it, where one does.
-        encoder_share: Share of the sender's time lately in which it waited for an encoder.
         credit: How much may be under way.
         round_notes: By round number.
         device_state_ns: When the last page was sent and device state began, None before.
@@ -104,7 +100,7 @@ class Sender:
         self.goodput = Goodput()
         self.carried = Goodput()
         self.meter = LinkMeter()
-        self.encoder_share = 0.0
+        self._waits_for_encoder = False
         self.credit = CreditPolicy(self.goodput)
         self.round_notes: dict[int, RoundNotes] = {}
         self.device_state_ns: int | None = None
@@ -117,7 +113,6 @@ class Sender:
         self._starved = True
         self._link_idle = True
         self._noted_ns = self._fitted_ns = self._consumed_ns = 0
-        self._waits_noted_ns = self._encoder_wait_ns = 0
         self._consumed: GoodputEstimate | None = None
         self._max_bandwidth_bps = max_bandwidth_bps
         self._bucket = (
@@ -136,7 +131,9 @@ class Sender:
             item = await self.backlog.get()
             if not item.ready.is_set():
                 self._starved = True
-                await self._wait_encoded(item)
+                self._waits_for_encoder = True
+                await item.ready.wait()
+                self._waits_for_encoder = False
             assert item.message is not None
             if isinstance(item.message, messages.RoundEnd):
                 self._ledger.start_round(rounds, self._now_ns())
@@ -145,25 +142,10 @@ class Sender:
                 self.device_state_ns = self._now_ns()
             await self._wait_credit()
             await self._send_one(item)
-            self._note_waits()
             if isinstance(item.message, messages.EndOfState):
                 await self._link.flush()
                 self.ended_ns = self._now_ns()
                 return
-
-    async def _wait_encoded(self, item: Outgoing) -> None:
-        began_ns = self._now_ns()
-        await item.ready.wait()
-        self._encoder_wait_ns += self._now_ns() - began_ns
-
-    def _note_waits(self) -> None:
-        """Update ``encoder_share`` after a message."""
-        now_ns = self._now_ns()
-        span_ns, self._waits_noted_ns = now_ns - self._waits_noted_ns, now_ns
-        waited_ns, self._encoder_wait_ns = self._encoder_wait_ns, 0
-        if span_ns > 0:
-            weight = min(1.0, span_ns / WAITS_WINDOW_NS)
-            self.encoder_share += weight * (waited_ns / span_ns - self.encoder_share)
 
     async def _wait_credit(self) -> None:
         window = self._link.session.window
@@ -230,19 +212,27 @@ class Sender:
         notes = self.round_notes.get(len(self._ledger.rounds) - 1)
         return notes.codec if notes else None
 
-    def link_estimate(self) -> LinkEstimate | None:
-        """The link's own rate, for the choice of a codec; ``--max-bandwidth`` is a link, too."""
+    def look_at_link(self) -> tuple[LinkEstimate | None, bool]:
+        """What the choice of a codec asks.
+
+        Returns:
+            The link's own rate, as the kernel sees it where one does (``--max-bandwidth`` is a
+            link, too); and whether it has nothing to send because an encoder is not ready.
+        """
         now_ns = self._now_ns()
-        if self.meter.wants_sample(now_ns) and (state := self._link.tcp_state) is not None:
-            busy_ns = state.busy_us * 1000
-            self.meter.sample(now_ns, state.acked_bytes, busy_ns, waiting=state.waiting)
+        hungry = self._waits_for_encoder
+        if (state := self._link.tcp_state) is not None:
+            hungry = hungry and not state.unsent_bytes
+            if self.meter.wants_sample(now_ns):
+                busy_ns = state.busy_us * 1000
+                self.meter.sample(now_ns, state.acked_bytes, busy_ns, waiting=state.waiting)
         seen = self.meter.estimate()
         if seen is None and (carried := self.carried.estimate(now_ns)) is not None:
             seen = LinkEstimate(carried.wire_bps, carried.saturated)
         limit = self._max_bandwidth_bps
         if seen is None or limit is None or seen.wire_bps < 0.8 * limit:
-            return seen
-        return LinkEstimate(min(seen.wire_bps, limit), saturated=True)
+            return seen, hungry
+        return LinkEstimate(min(seen.wire_bps, limit), saturated=True), False
 
     def consumed_estimate(self) -> GoodputEstimate | None:
         """What the destination guest takes in; looked up at most every ``NOTE_NS``."""

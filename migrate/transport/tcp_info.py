@@ -21,12 +21,20 @@ class TcpState:
     Attributes:
         acked_bytes: What the peer's kernel has acknowledged since the connection began.
         busy_us: Microseconds in which something was under way or waited to be sent.
-        waiting: More waits than the network takes: the sender is not what limits the rate.
+        unsent_bytes: What waits in this host's kernel.
+        app_limited: There was less to send than the network would have taken, as the kernel found
+            when something was last sent.
     """
 
     acked_bytes: int
     busy_us: int
-    waiting: bool
+    unsent_bytes: int
+    app_limited: bool
+
+    @property
+    def waiting(self) -> bool:
+        """More waits than the network takes: the sender is not what limits the rate."""
+        return self.unsent_bytes > 0 or not self.app_limited
 
 
 class Asked(Protocol):
@@ -46,8 +54,8 @@ def tcp_state(sock: Asked) -> TcpState | None:
     if len(raw) < _FIELDS.size:
         return None
     fields = _FIELDS.unpack(raw)
-    waiting = fields[_NOTSENT] > 0 or not raw[_APP_LIMITED_AT] & 1
-    return TcpState(fields[_BYTES_ACKED], fields[_BUSY_US], waiting)
+    limited = bool(raw[_APP_LIMITED_AT] & 1)
+    return TcpState(fields[_BYTES_ACKED], fields[_BUSY_US], fields[_NOTSENT], limited)
 
 
 def joint_state(states: Sequence[TcpState | None]) -> TcpState | None:
@@ -58,5 +66,6 @@ def joint_state(states: Sequence[TcpState | None]) -> TcpState | None:
     return TcpState(
         acked_bytes=sum(state.acked_bytes for state in known),
         busy_us=sum(state.busy_us for state in known) // len(known),
-        waiting=any(state.waiting for state in known),
+        unsent_bytes=sum(state.unsent_bytes for state in known),
+        app_limited=all(state.app_limited for state in known),
     )

@@ -47,7 +47,8 @@ def test_other_sockets_say_nothing() -> None:
 
 
 def test_connections_of_one_link_are_seen_as_one() -> None:
-    one, other = TcpState(100, 50, False), TcpState(300, 150, True)
-    assert joint_state([one, other]) == TcpState(400, 100, True)
+    one, other = TcpState(100, 50, 0, True), TcpState(300, 150, 7, False)
+    assert joint_state([one, other]) == TcpState(400, 100, 7, False)
+    assert (one.waiting, other.waiting) == (False, True)
     assert joint_state([one, None]) is None
     assert joint_state([]) is None
