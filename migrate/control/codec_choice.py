@@ -5,9 +5,9 @@ with the strongest codec for which processors have time:
 
 * pages go as they are until the link is seen to be the limit: that is how its rate becomes known,
   within milliseconds, and where it never is nothing is gained by an encoder;
-* from then on a link that waits for an encoder makes the next batch's codec one step cheaper, and
-  one that has enough to send one step stronger. Where processors have time for some of both, the
-  batches are a mix that keeps both busy, as ``zstd --adapt`` does it;
+* from then on a link that waits for an encoder makes the codec one step cheaper, and one that has
+  enough to send one step stronger, as ``zstd --adapt`` does it. Where processors have time for
+  some of both, the batches are a mix that keeps both busy;
 * up to the strongest codec that pays: each must shrink the pages noticeably better than the one
   before it, and be worth its processor time on a link of this rate;
 * while the guest is what everybody waits for everything stays as it is: a codec saves bytes;
@@ -32,6 +32,17 @@ SLOW_LINK_BPS: Final = 40_000_000
 FAST_LINK_BPS: Final = 250_000_000
 """2 Gbit/s: above it plain pages win. The encoder alone would keep up with more, but what looks
 like a link of 3 Gbit/s is most often two busy hosts, and an encoder makes them busier."""
+
+STEP_BATCHES: Final = 2
+"""Hungry batches in a row for a step down: so many are under way between choice and link."""
+
+UP_BATCHES: Final = 4
+"""Batches with enough to send from one step to the next one up. Steps down that come sooner than
+steps up keep the link busier; the other way round there are fewer bytes."""
+
+GIVE_UP_BATCHES: Final = 16
+"""Hungry batches in a row before the cheapest codec is given up: on a link that is known to be the
+limit that is mostly not the encoder's fault."""
 
 _WORTH: Final = 0.98
 """A stronger codec must leave no more than this share of what the one before it leaves."""
@@ -132,7 +143,7 @@ class CodecChoice:
         self._yields = 1.0  # share of a page that falls away, per unit of a codec's strength
         self._current = 0
         self._link_bps: float | None = None
-        self._batches = 0
+        self._batches = self._since_step = self._hungry_batches = 0
         self._probe_upwards = True
 
     @property
@@ -204,12 +215,21 @@ class CodecChoice:
         if self._link_bps is None:
             return self.current
         strongest = self._strongest()
+        self._since_step += 1
+        self._hungry_batches = self._hungry_batches + 1 if hungry else 0
         if hungry:
-            self._current = max(0, self._current - 1)
-        elif link is not None and link.saturated:
-            self._current += 1
+            if self._hungry_batches >= (
+                GIVE_UP_BATCHES if self._current == 1 else STEP_BATCHES
+            ):
+                self._step(-1)
+        elif link is not None and link.saturated and self._since_step >= UP_BATCHES:
+            self._step(+1)
         self._current = min(self._current, strongest)
         return self.current
+
+    def _step(self, by: int) -> None:
+        self._current = max(0, self._current + by)
+        self._since_step = self._hungry_batches = 0
 
     def probe(self) -> CodecSetting | None:
         """The codec that the batch just chosen for is to be tried with as well, if any."""

@@ -379,7 +379,7 @@ async def test_a_stalled_connection_gets_no_frame_while_another_has_room() -> No
                 await source.send(batch)
                 while isinstance(free[1].take(), Frame):
                     taken += 1
-        assert stalled[0].unwritten_bytes
+        assert stalled[0].unwritten_bytes + stalled[0].unsent_bytes
         assert taken > 20
         assert isinstance(stalled[0], SocketStream)
 
