@@ -119,5 +119,10 @@ MAX_OLD_PAGES: Final = 1 << 24
 MAX_OLD_COPY_BYTES: Final = 1 << 20
 """Digests in one OLD_COPY: 65536 pages, 256 MiB of guest memory."""
 
+MAX_CONTAINER_ITEMS: Final = 4096
+"""Items of a msgpack list or map: RAM blocks, devices. Room for the items is reserved when a header
+announces them, 8 bytes each, before any of them is there; containers nested 1024 deep, where
+msgpack ends, so reserve 32 MiB. Without a limit of ours it would be 512 MiB."""
+
 MAX_NESTING: Final = 8
 """Depth of msgpack containers in machine facts."""

@@ -14,7 +14,7 @@ from typing import Any, cast
 import msgpack  # noqa: TID251 - the one place that may
 
 from proto.errors import MessageError
-from proto.limits import MAX_NESTING, MAX_TEXT_BYTES
+from proto.limits import MAX_CONTAINER_ITEMS, MAX_NESTING, MAX_TEXT_BYTES
 
 Check = Callable[[str, object], object]
 """``check(where, value)`` returns the value as the message holds it, or raises
@@ -74,6 +74,8 @@ def unpack_map(where: str, data: bytes) -> dict[str, object]:
             strict_map_key=True,
             object_pairs_hook=_unique_pairs,
             max_ext_len=0,
+            max_array_len=MAX_CONTAINER_ITEMS,
+            max_map_len=MAX_CONTAINER_ITEMS,
         )
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as exc:
         raise MessageError(

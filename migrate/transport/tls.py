@@ -22,7 +22,7 @@ from migrate.transport.channels import (
     LinkSocket,
     reason,
 )
-from migrate.transport.tls_channel import TlsChannel, first_bytes
+from migrate.transport.tls_channel import MAX_RECORD_BYTES, TlsChannel, first_bytes
 from migrate.transport.tls_texts import (
     NAME_MISMATCH,
     alert_name,
@@ -36,9 +36,6 @@ RECEIVE_BYTES: Final = 256 * 1024
 
 MAX_PIECE_BYTES: Final = 512 * 1024
 """Most bytes that are encrypted at once: they all go out before anything else can."""
-
-MAX_RECORD_BYTES: Final = 16 * 1024 + 256 + 5
-"""Ciphertext that may be waiting for its end in our memory."""
 
 MAX_HANDSHAKE_BYTES: Final = 256 * 1024
 """What a peer may send before it is admitted; certificate chains take some KiB."""

@@ -16,8 +16,18 @@ from migrate.transport.tls_texts import reason_words
 RECEIVE_BYTES: Final = 256 * 1024
 """Most ciphertext that is taken from the kernel at once."""
 
-MAX_PIECE_BYTES: Final = 512 * 1024
-"""Most bytes that are encrypted at once; the other direction waits meanwhile, 0.15 ms."""
+MAX_PIECE_BYTES: Final = 128 * 1024
+"""Most bytes that are encrypted at once: they stay in the processor's cache until they are sent."""
+
+MAX_RECORD_BYTES: Final = 16 * 1024 + 256 + 5
+"""Longest record. So much ciphertext OpenSSL may hold and not count, as the beginning of one:
+whoever waits for the end of a payload must not wait for these bytes again."""
+
+RECORD_BYTES: Final = 16 * 1024
+"""What a record carries at most."""
+
+LARGE_BYTES: Final = 4 * RECORD_BYTES
+"""Buffers that are encrypted where they are."""
 
 WAIT_BYTES: Final = 32 * 1024
 """So much ciphertext, if it is known to come, is waited for as a whole."""
@@ -91,7 +101,7 @@ class TlsChannel:
 
     def _receive(self, missing_bytes: int, flags: int) -> None:
         """Receive ciphertext; of a payload that is under way, much at once."""
-        wanted = min(missing_bytes - self._incoming.pending, RECEIVE_BYTES)
+        wanted = min(missing_bytes - self._incoming.pending - MAX_RECORD_BYTES, RECEIVE_BYTES)
         if flags & socket.MSG_WAITALL and wanted >= WAIT_BYTES:
             count = self._sock.recv_into(self._buffer, wanted, socket.MSG_WAITALL)
         else:
@@ -148,12 +158,22 @@ class TlsChannel:
 
 
 def first_bytes(buffers: Iterable[memoryview], most: int) -> memoryview | bytes:
-    """The first bytes of a gather list, joined: small records would cost more than the copy."""
+    """The first bytes of a gather list: small buffers joined to records, large ones as they are.
+
+    A record a buffer would cost more than the copy; a copy of a payload costs a third of what
+    encrypting it does.
+    """
     parts: list[memoryview] = []
+    length = 0
     for buffer in buffers:
-        part = buffer.cast("B")[:most]
+        part = buffer.cast("B")
+        if len(part) >= LARGE_BYTES:
+            if not parts:
+                return part[:most]
+            most = min(most, length + -length % RECORD_BYTES)
+        part = part[: most - length]
         parts.append(part)
-        most -= len(part)
-        if not most:
+        length += len(part)
+        if length >= most:
             break
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -14,7 +14,9 @@ import trio
 
 from migrate.errors import TlsError, TokenError
 from migrate.lab.commands import Command, running_command
+from proto.link.messages import Join
 from proto.link.state import Role
+from tests.engine.test_joining import REFUSED, connections, wire
 from tests.pki import EXPIRED, Pki, write_secret
 
 PROFILE = """
@@ -135,6 +137,38 @@ def written(folder: Path) -> list[str]:
     paths = [path for home in homes for path in home.iterdir() if path.is_file()]
     assert {path.suffix for path in paths} >= {".json", ".jsonl", ".html"}
     return [path.read_text() for path in paths]
+
+
+async def test_every_stream_passes_tls_and_token(pki: Pki, folder: Path) -> None:
+    tls = ("--tls-dir", str(pki.directory(folder / "tls")))
+    token = write_secret(folder / "token", secrets.token_hex(32).encode())
+    secure = (*tls, "--token-file", str(token))
+    slowly = ("--streams", "3", "--max-bandwidth", "40Mbit", "--compress", "none")
+    async with waiting(folder, *secure) as rig:
+        to = ("--to", f"localhost:{rig.port}", "--simulate", str(folder / "small.toml"))
+        home = folder / "src"
+        async with running_command(
+            "migrate-src", *to, *outputs(home), *secure, *slowly
+        ) as source:
+            while connections(source.process.pid, rig.port) < 3:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            answers = []
+            for said in (wire(Join(bytes(16), bytes(32), 1)), b"\x16\x03\x01\0\1\0"):
+                async with await trio.open_tcp_stream("localhost", rig.port) as stranger:
+                    await stranger.send_all(said)
+                    await stranger.send_eof()
+                    answers.append(b"".join([part async for part in stranger]))
+            assert answers[0].startswith(REFUSED)
+            assert b"TLS" in answers[0]
+            assert answers[1][:1] in {b"", b"\x15"}, "closed, or an alert"
+            await rig.destination.wait_line("does not speak TLS")
+            assert connections(source.process.pid, rig.port) == 3
+            assert await source.process.wait() == 0
+        assert await rig.destination.process.wait() == 0
+    for name in ("src", "dst"):
+        report = json.loads((folder / name / "report.json").read_text())
+        assert (report["status"], report["streams"]) == ("completed", 3)
+        assert report["integrity"]["equal"]
 
 
 async def test_a_source_that_asks_for_more_than_the_destination_has(

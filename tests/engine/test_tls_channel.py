@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from migrate.transport.tls_channel import TlsChannel
+from migrate.transport.tls_channel import TlsChannel, first_bytes
 from tests.engine.test_tls_socket import pieces, shake_hands, tcp_pair
 from tests.pki import Pki
 
@@ -82,6 +82,43 @@ async def test_both_directions_at_once(pki: Pki, tmp_path: Path) -> None:
             nursery.start_soon(run, keep, "there", server, len(there))
             nursery.start_soon(run, keep, "back", client, len(back))
     assert results == {"there": there, "back": back}
+
+
+@pytest.mark.parametrize("size", [100_000, 300_000, 900_000, 1_000_001])
+async def test_the_end_of_a_payload_does_not_wait_for_what_follows_it(
+    pki: Pki, tmp_path: Path, size: int
+) -> None:
+    data = random.Random(size).randbytes(size)
+    async with channels(pki, tmp_path) as (client, server):
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bytes(16))
+
+        def receive_whole() -> bytes:
+            buffer = memoryview(bytearray(size))
+            assert server.recv_into(buffer, size, socket.MSG_WAITALL) == size
+            return bytes(buffer)
+
+        try:
+            with trio.fail_after(10):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(
+                        trio.to_thread.run_sync, send_all, client, [memoryview(data)]
+                    )
+                    received = await trio.to_thread.run_sync(
+                        receive_whole, abandon_on_cancel=True
+                    )
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+        assert received == data
+
+
+def test_small_buffers_are_joined_to_records_and_large_ones_are_not_copied() -> None:
+    small, large = memoryview(bytes(100)), memoryview(bytes(range(256)) * 1000)
+    assert first_bytes([large, small], 128 * 1024) == large[: 128 * 1024]
+    assert first_bytes([small] * 3, 1 << 20) == bytes(300)
+    assert first_bytes([small, small, large], 1 << 20) == bytes(200) + large[: 16384 - 200]
+    assert first_bytes([memoryview(bytes(16384)), large], 1 << 20) == bytes(16384)
+    assert first_bytes([small, large], 150) == bytes(100) + large[:50]
+    assert first_bytes([small, small], 150) == bytes(150)
 
 
 async def test_a_peer_that_takes_nothing_in_blocks_and_nothing_is_lost(

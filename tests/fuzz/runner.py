@@ -38,8 +38,8 @@ TARGETS: Final[dict[str, Callable[[], Case]]] = {
 """What is fuzzed, by name; each makes its corpus and returns what runs one input."""
 
 MIB: Final = 1 << 20
-MAX_GROWTH_BYTES: Final = 32 * MIB
-"""A receive buffer, batches and one tail, several times over; the largest target takes a third."""
+MAX_GROWTH_BYTES: Final = 64 * MIB
+"""What a hostile message may reserve (32 MiB: ``MAX_CONTAINER_ITEMS``), beside some buffers."""
 
 LIMIT_S: Final = 2.0
 KEPT_FAILURES: Final = 20

@@ -1,4 +1,5 @@
 import dataclasses
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from proto.limits import (
     MAX_BLOCK_PAGES,
     MAX_CACHE_SLOTS,
     MAX_CAPABILITIES,
+    MAX_CONTAINER_ITEMS,
     MAX_DATA_BYTES,
     MAX_DIGEST_RANGES,
     MAX_IDSTR_BYTES,
@@ -164,6 +166,21 @@ def test_a_key_that_stands_twice_is_refused() -> None:
 def test_what_is_not_one_plain_map_is_refused(header: bytes) -> None:
     with pytest.raises(MessageError):
         decode(FrameType.REFUSED, header)
+
+
+def test_lists_that_announce_much_take_little_memory() -> None:
+    header = (b"\xdd" + (65_000).to_bytes(4)) * 1000
+    tracemalloc.start()
+    try:
+        with pytest.raises(MessageError):
+            decode(FrameType.HELLO, header.ljust(65_500, b"\x01"))
+        allowed = (b"\xdd" + MAX_CONTAINER_ITEMS.to_bytes(4)) * 1000
+        with pytest.raises(MessageError):
+            decode(FrameType.HELLO, allowed.ljust(65_500, b"\x01"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 << 20
 
 
 def nested(depth: int) -> dict[str, object]:
