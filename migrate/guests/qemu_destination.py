@@ -34,7 +34,7 @@ from migrate.qemu.local_hop import OutgoingHop
 from migrate.qemu.process import OwnedQemu
 from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
-from migrate.qemu.settings import changed_settings
+from migrate.qemu.settings import ChangedSettings, changed_settings
 from migrate.timeouts import DEFAULTS
 from migrate.transport.channels import connect
 from proto.guest_events import GuestEvent, RamBlocks
@@ -86,6 +86,7 @@ class QemuDestination:
         self._client = client
         self._step_s = step_s
         self._owned = owned
+        self.settings: ChangedSettings | None = None
         self._socket_path = run_dir / "to-qemu.sock"
         self._loader: QemuLoader | None = None
         self._nursery: trio.Nursery | None = None
@@ -152,6 +153,8 @@ class QemuDestination:
                 f"{self.name} does not wait for a migration: its run state is "
                 f"'{state.status}'; start it with -incoming defer"
             )
+        if self.settings is not None:
+            await self.settings.apply()  # by now the record says what the user's were
         await queries.stop(self._client)  # clears autostart: it stays paused after the load
         try:
             await queries.migrate_incoming(self._client, f"unix:{self._socket_path}")
@@ -380,12 +383,13 @@ async def open_qemu_destination(
         wanted = {name: True for name in CAPABILITIES_ON if name in known}
         wanted |= {name: False for name in CAPABILITIES_OFF if known.get(name)}
         async with (
-            changed_settings(client, wanted, {}) as settings,
+            changed_settings(client, wanted, {}, at_once=False) as settings,
             trio.open_nursery() as nursery,
         ):
             guest = QemuDestination(client, run_dir, owned, step_s=step_s)
             users = settings.user_settings((*CAPABILITIES_ON, *CAPABILITIES_OFF))
             guest.place = replace(guest.place, settings=users)
+            guest.settings = settings
             guest.take_argv(argv)
             if landing:
                 guest.allow_landing()

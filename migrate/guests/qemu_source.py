@@ -159,6 +159,8 @@ class QemuSource:
         Raises:
             GuestError: QEMU refused, or did not connect.
         """
+        if self.settings is not None:
+            await self.settings.apply()
         await self._choose_channels()
         listener = await listen(UnixAddress(self._socket_path), "the source QEMU")
         try:
@@ -409,6 +411,8 @@ async def open_qemu_source(
 ) -> AsyncIterator[QemuSource]:
     """Attach to a running QEMU; its own settings are restored on every way out.
 
+    They are not changed before ``start``: by then the record can say what they were.
+
     Args:
         qmp: Its QMP socket.
         run_dir: Private directory for the stream's socket.
@@ -446,7 +450,9 @@ async def open_qemu_source(
             Parameter.MAX_BANDWIDTH_BYTES_PER_S: UNLIMITED_BYTES_PER_S,
             Parameter.DOWNTIME_LIMIT_MS: max(1, downtime_limit_ms),
         }
-        async with changed_settings(client, wanted, parameters) as source.settings:
+        async with changed_settings(
+            client, wanted, parameters, at_once=False
+        ) as source.settings:
             users = source.settings.user_settings(CHANGED)
             source.place = replace(source.place, settings=users)
             with client.listen("STOP", "RESUME", "SHUTDOWN") as events:

@@ -61,6 +61,20 @@ class ChangedSettings:
         self._client = client
         self._user_capabilities = user_capabilities
         self._user_parameters = user_parameters
+        self._postponed: tuple[Mapping[str, bool], Mapping[str, JsonValue]] = {}, {}
+
+    def postpone(
+        self, capabilities: Mapping[str, bool], parameters: Mapping[str, JsonValue]
+    ) -> None:
+        """Remember what ``apply`` is to set."""
+        self._postponed = capabilities, parameters
+
+    async def apply(self) -> None:
+        """Set what was postponed; raises as ``set_capabilities``."""
+        capabilities, parameters = self._postponed
+        self._postponed = {}, {}
+        await self.set_capabilities(capabilities)
+        await self.set_parameters(parameters)
 
     def user_settings(self, names: Collection[str]) -> UserSettings:
         """The user's choice of those that have one of these names, to be given back later."""
@@ -142,6 +156,7 @@ async def changed_settings(
     parameters: Mapping[_OtherName, JsonValue],
     *,
     optional: Collection[str] = (),
+    at_once: bool = True,
 ) -> AsyncIterator[ChangedSettings]:
     """Set capabilities and parameters for the duration of the block, then restore the user's.
 
@@ -154,6 +169,7 @@ async def changed_settings(
         capabilities: Our states by name.
         parameters: Our values by name.
         optional: Names among both that a QEMU which does not know them may do without.
+        at_once: False = not before ``apply``: when it is recorded what the user had.
 
     Raises:
         GuestError: QEMU does not know a setting that is not optional. Nothing was changed.
@@ -165,8 +181,9 @@ async def changed_settings(
     known_parameters = _known(client, "parameter", parameters, user_parameters, optional)
     settings = ChangedSettings(client, user_capabilities, user_parameters)
     try:
-        await settings.set_capabilities(known_capabilities)
-        await settings.set_parameters(known_parameters)
+        settings.postpone(known_capabilities, known_parameters)
+        if at_once:
+            await settings.apply()
         yield settings
     finally:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + RESTORE_TIMEOUT_S):

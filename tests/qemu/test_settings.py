@@ -49,6 +49,19 @@ async def test_settings_are_ours_inside_and_the_users_after(
         assert await current(client) == before
 
 
+async def test_settings_that_are_postponed_are_the_users_until_they_are_applied(
+    tmp_path: Path,
+) -> None:
+    async with qemu_client(tmp_path, "7.2") as client:
+        before = await queries.query_capabilities(client)
+        async with changed_settings(client, OURS, {}, at_once=False) as ours:
+            assert await queries.query_capabilities(client) == before
+            assert ours.describe() == ""
+            await ours.apply()
+            assert await queries.query_capabilities(client) == before | OURS
+        assert await queries.query_capabilities(client) == before
+
+
 async def test_settings_are_restored_after_an_error_and_a_cancellation(tmp_path: Path) -> None:
     async with qemu_client(tmp_path) as client:
         before = await current(client)
