@@ -34,7 +34,7 @@ from migrate.recovery.record import begin_record
 from migrate.report.report import Report
 from migrate.ring_guard import settle_verdict
 from migrate.rings import RingVerdict
-from migrate.session import PROGRESS_S, Session, most_telling, told_or_bug
+from migrate.session import ENDINGS, PROGRESS_S, Session, most_telling, told_or_bug
 from migrate.state_file import ABORTED, StateFile
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
@@ -108,7 +108,7 @@ class DestinationRun:
             if self._opening.cancelled_caught:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
             await self._give_back()
-        except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
+        except ENDINGS as raised:
             error = most_telling(raised)
             error.guest_on = self._guest_on(error)
             if self._source_may_be_gone(error):

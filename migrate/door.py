@@ -5,6 +5,8 @@ are waited for out by coming first.
 """
 
 import errno
+import os
+import resource
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -29,6 +31,9 @@ MOST_LINES: Final = 16
 
 NO_ROOM_S: Final = 0.1
 """Until the next connection is tried to be accepted, when the host had no room for one."""
+
+SPARED_DESCRIPTORS: Final = 12
+"""Not for strangers: the migration under way opens records, sockets, modules of Python."""
 
 _NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}
 """Reasons not to accept a connection that pass; no migration under way may end for them."""
@@ -96,7 +101,9 @@ class Door:
 
     def _make_room(self) -> None:
         """Send a stranger away if there are too many: the oldest of the host that has most."""
-        if len(self._strangers) < MAX_STRANGERS:
+        if len(self._strangers) < MAX_STRANGERS and has_descriptors(SPARED_DESCRIPTORS):
+            return
+        if not self._strangers:
             return
         ((busiest, _),) = Counter(self._strangers.values()).most_common(1)
         oldest = next(scope for scope, host in self._strangers.items() if host == busiest)
@@ -141,6 +148,17 @@ class Door:
         if count <= MOST_LINES or count & (count - 1) == 0:
             so_far = f" ({count} so far)" if count > MOST_LINES else ""
             self._session.say(f"turned away a connection from {host}: {why}{so_far}")
+
+
+def has_descriptors(count: int) -> bool:
+    """Whether about so many files more may be opened, as the lowest free number says."""
+    try:
+        lowest = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return False
+    os.close(lowest)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit == resource.RLIM_INFINITY or lowest + count <= limit
 
 
 async def _accept(listener: LinkListener) -> tuple[LinkSocket, str]:

@@ -1,7 +1,9 @@
 """Errors of the engine: one class per reaction, with exit code and what it knows of the guest."""
 
 import enum
+import errno
 from collections.abc import Sequence
+from typing import Final
 
 MOST_PROBLEMS = 4
 """Problems of one kind that a message names; a reader needs one, the report has all."""
@@ -240,6 +242,38 @@ class OldCopyError(MigrationError):
 
     exit_code = 41
     code = "old-copy"
+
+
+class HostExhaustedError(MigrationError):
+    """This host has no memory, threads, file descriptors or room on a disk left."""
+
+    exit_code = 60
+    code = "host-exhausted"
+
+
+EXHAUSTION: Final = {
+    errno.ENOMEM: "memory",
+    errno.EMFILE: "file descriptors",
+    errno.ENFILE: "file descriptors",
+    errno.ENOSPC: "room on a disk",
+    errno.EDQUOT: "room on a disk",
+    errno.EFBIG: "room for a file of that size",
+}
+"""What ran out, by what the kernel says."""
+
+NO_THREAD: Final = "can't start new thread"
+"""All that Python says when the kernel gives it none."""
+
+
+def exhausted(error: BaseException) -> HostExhaustedError | None:
+    """What to tell of an error that is no mistake of ours, but this host's; ``None`` of others."""
+    if isinstance(error, MemoryError):
+        return HostExhaustedError(f"this host has no memory left: {error}".rstrip(": "))
+    if isinstance(error, OSError) and (what := EXHAUSTION.get(error.errno or 0)):
+        return HostExhaustedError(f"this host has no {what} left: {error.strerror}")
+    if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
+        return HostExhaustedError("this host has no threads left, or no memory for another one")
+    return None
 
 
 class SwitchoverUnknownError(MigrationError):

@@ -17,6 +17,7 @@ from migrate.errors import (
 from migrate.guests.base import DestinationGuest, Facts, SourceGuest
 from migrate.guests.simulated_destination import SimulatedDestination
 from migrate.guests.simulated_facts import compare_simulated, is_simulated
+from migrate.pages.page_cache import affordable_slots, less_cache
 from migrate.qemu.machine_facts import MachineFacts
 from migrate.qemu.preflight import Difference, Severity, compare
 from migrate.report.report import Commit
@@ -160,7 +161,10 @@ async def answer_hello(
         return_path=hello.return_path,
     )
     # A guest's RAM holds more pages than any cache of them.
-    slot_count = 0 if landed else min(hello.cache_slots, cache_max_bytes // PAGE_SIZE)
+    wished = 0 if landed else min(hello.cache_slots, cache_max_bytes // PAGE_SIZE)
+    slot_count = affordable_slots(wished)
+    if slot_count < wished:
+        warnings += (f"at the destination: {less_cache(wished, slot_count)}",)
     await link.send(
         Welcome(
             commit=kind.value,

@@ -13,7 +13,7 @@ import trio
 import xxhash
 
 from migrate.backlog import Backlog
-from migrate.errors import PeerProtocolError
+from migrate.errors import HostExhaustedError, PeerProtocolError
 from migrate.guests.base import DestinationGuest
 from migrate.pages.apply import PageApplier
 from migrate.pages.old_copy import Slots
@@ -254,7 +254,7 @@ class Inbound:
                 first_old=context.slots.first_old(context.shape),
             )
         except MemoryError as error:
-            raise PeerProtocolError(
+            raise HostExhaustedError(
                 f"no memory for the tables of {ram_bytes} bytes of guest RAM"
             ) from error
         return blocks

@@ -7,6 +7,7 @@ before it is encoded, and only encoding runs out of order. What waits between th
 link is bounded: tightly while the guest runs, by ``STOPPED_BACKLOG_BYTES`` once it is stopped.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,6 +20,7 @@ from migrate.encoding import PageEncoder, Plan
 from migrate.errors import GuestError
 from migrate.guests.base import SourceGuest
 from migrate.pages.classify import ClassifiedPages, Classifier
+from migrate.pages.page_cache import affordable_slots, less_cache
 from migrate.params import Compress
 from migrate.ring_guard import SourceRingGuard
 from migrate.runtime import Costs, Runtime, Step
@@ -104,6 +106,7 @@ class Outbound:
         runtime: Runtime,
         rings: SourceRingGuard,
         copies: SourceCopies,
+        warn: Callable[[str], None],
     ) -> None:
         self._guest = guest
         self._runtime = runtime
@@ -116,6 +119,8 @@ class Outbound:
         self.sender = sender
         self.rings = rings
         self._copies = copies
+        self._warn = warn
+        self._warnings: list[str] = []
         self.state = OutboundState()
 
     async def run(self, pending: list[GuestEvent]) -> None:
@@ -178,6 +183,8 @@ class Outbound:
                 classified, _ = await self._runtime.work(
                     Step.CLASSIFY, _classify_costs(events), self._classify, events
                 )
+                while self._warnings:
+                    self._warn(self._warnings.pop())
                 for item in classified:
                     if isinstance(item, ClassifiedPages):
                         await self._put_pages(item, nursery)
@@ -208,7 +215,11 @@ class Outbound:
     def _new_classifier(self, blocks: tuple[RamBlock, ...]) -> Classifier:
         landed = frozenset(i for i, block in enumerate(blocks) if block.idstr in self._landed)
         # Landing was agreed on, but for blocks that this guest has not: no slots, no base.
-        slot_count = self._slot_count if landed or not self._landed else 0
+        wished = self._slot_count if landed or not self._landed else 0
+        wished = min(wished, sum(block.page_count for block in blocks))
+        slot_count = affordable_slots(wished)
+        if slot_count < wished:
+            self._warnings.append(less_cache(wished, slot_count))
         return Classifier(
             blocks,
             seed=self._seed,

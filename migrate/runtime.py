@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar, TypeVarTuple
 
@@ -167,7 +167,7 @@ class RealRuntime:
         try:
             yield path
         finally:
-            if not any(path.iterdir()):
+            with suppress(OSError):  # somebody's socket is still in it
                 path.rmdir()
 
     def check_state_dir(self, directory: Path) -> None:

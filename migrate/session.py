@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Callable, Hashable, Iterator
+from typing import Final
 
 import trio
 
-from migrate.errors import MigrationError
+from migrate.errors import HostExhaustedError, MigrationError, exhausted
 from migrate.params import OutputParams
 from migrate.report.html import report_html
 from migrate.report.ledger import Ledger
@@ -131,13 +132,20 @@ async def wait_stalled(progress: Callable[[], Hashable], limit_s: float) -> None
             last, since = now, trio.current_time()
 
 
+ENDINGS: Final = (
+    *(MigrationError, trio.TooSlowError, BaseExceptionGroup),
+    *(MemoryError, OSError, RuntimeError),
+)
+"""What a run of a command may end with; ``most_telling`` raises those that are bugs."""
+
+
 def most_telling(error: BaseException) -> MigrationError:
     """Of all that went wrong at once, pick what a person should read.
 
     A link that broke or a stream that ended is most often the consequence of the other error.
-    Anything that is no ``MigrationError`` is a bug of ours and raised as it is.
+    Anything that is no ``MigrationError``, nor the host's, is a bug of ours and raised as it is.
     """
-    leaves = list(_leaves(error))
+    leaves = [exhausted(leaf) or leaf for leaf in _leaves(error)]
     for leaf in leaves:
         if not isinstance(leaf, MigrationError | trio.Cancelled | trio.TooSlowError):
             raise leaf
@@ -156,7 +164,8 @@ def told_or_bug(failure: BaseException) -> tuple[MigrationError, Exception | Non
 
 
 def _weight(error: MigrationError) -> int:
-    return {"peer-lost": 1, "qemu-stream": 2, "qmp-interrupted": 3}.get(error.code, 4)
+    known = {"peer-lost": 1, "qemu-stream": 2, "qmp-interrupted": 3, HostExhaustedError.code: 5}
+    return known.get(error.code, 4)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -46,7 +46,7 @@ from migrate.report.progress import ProgressState
 from migrate.report.report import Report
 from migrate.ring_guard import SourceRingGuard
 from migrate.sending import HANDOVER_RESERVE_MS, Sender
-from migrate.session import PROGRESS_S, Session, most_telling, told_or_bug
+from migrate.session import ENDINGS, PROGRESS_S, Session, most_telling, told_or_bug
 from migrate.source_report import progress_state, source_report
 from migrate.stalling import StallWatch
 from migrate.transport.guard import Guard
@@ -115,8 +115,10 @@ class SourceRun:
                     await self._migrate_or_call_off(guest)
             if self._opening.cancelled_caught:
                 raise MigrationCancelledError(f"cancelled by {self._cancelled_by}")
-        except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
+        except ENDINGS as raised:
             error = most_telling(raised)
+            if self._may_run_there() and error.guest_on is GuestOn.SOURCE:
+                error.guest_on = GuestOn.UNKNOWN
             self._advise(error)
         report = source_report(
             session,
@@ -321,6 +323,7 @@ class SourceRun:
                 warn=self._session.warn,
             ),
             copies=self._copies,
+            warn=self._session.warn,
         )
         record = runtime.state_file(params.state_dir, "source", agreement.migration_id)
         begin_record(

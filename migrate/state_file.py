@@ -63,6 +63,9 @@ MOVES: Final[Mapping[Side, Mapping[str, frozenset[str]]]] = {
 
 MAX_RECORD_BYTES: Final = 64 * 1024
 
+RECORD_ROOM_BYTES: Final = 1024
+"""Tried before a migration: a record has some 700 bytes, and takes a block of the disk."""
+
 
 @dataclass(frozen=True, slots=True)
 class RecordFacts:
@@ -156,8 +159,8 @@ def check_state_dir(directory: Path) -> None:
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(RECORD_ROOM_BYTES))
     except OSError as error:
         raise MigrationError(
             f"cannot record handovers in {directory}: {error.strerror}"

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import trio
 
-from migrate.errors import MigrationError
+from migrate.errors import MigrationError, exhausted
 from migrate.memory import keep_freed_memory
 from migrate.report.report import Report
 from migrate.session import Session
@@ -33,7 +33,13 @@ def run_command(run: Run, session: Session) -> int:
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     keep_freed_memory()
-    report, error = trio.run(_with_signals, run, session)
+    try:
+        report, error = trio.run(_with_signals, run, session)
+    except (MemoryError, OSError) as failure:  # before anything was begun
+        if (told := exhausted(failure)) is None:
+            raise
+        session.say(f"error: {told}; nothing was begun")
+        return told.exit_code
     session.finish(report)
     return 0 if error is None else error.exit_code
 

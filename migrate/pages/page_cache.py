@@ -5,6 +5,7 @@ decides which page goes into which slot (``slot_policy``) and says so in the bat
 obeys. So the two can't drift and memory is bounded on both ends.
 """
 
+import mmap
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,12 +15,37 @@ from numpy.typing import NDArray
 from migrate.pages.digests import Digests
 from migrate.pages.last_places import LastPlaces
 from migrate.pages.slot_policy import NO_SLOT, PageRows, SlotPolicy, Slots
+from migrate.units import MIB, format_size
 from proto.guest_events import PAGE_SIZE
 
 Rows = NDArray[np.uint8]
 """Content of n pages, shape (n, 4096)."""
 
 _BUCKETS_PER_SLOT: Final = 4
+
+SPARED_BYTES: Final = 192 * MIB
+"""Not for the cache: window and backlog, 64 MiB each, the batches under way, threads' stacks."""
+
+
+def affordable_slots(slot_count: int) -> int:
+    """How many slots this process has memory for, beside what a migration needs anyway.
+
+    Halves what was wished until it can be had; what can be had may be nothing.
+    """
+    while slot_count:
+        try:
+            mmap.mmap(-1, slot_count * PAGE_SIZE + SPARED_BYTES).close()
+        except (OSError, ValueError, OverflowError):
+            slot_count //= 2
+        else:
+            break
+    return slot_count
+
+
+def less_cache(wished: int, slot_count: int) -> str:
+    """What to warn of when ``affordable_slots`` had less than was wished."""
+    had = f"only {format_size(slot_count * PAGE_SIZE)}" if slot_count else "none"
+    return f"no memory for a page cache of {format_size(wished * PAGE_SIZE)}: {had} is used"
 
 
 class SlotStore:

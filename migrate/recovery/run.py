@@ -7,6 +7,7 @@ import trio
 
 from migrate.errors import (
     GuestOn,
+    HostExhaustedError,
     MigrationCancelledError,
     MigrationError,
     RecoveryRefusedError,
@@ -56,6 +57,8 @@ class Recovery(abc.ABC):
                 raise MigrationCancelledError(f"ended by {self._cancelled_by}", guest_on=known)
         except (MigrationError, trio.TooSlowError, BaseExceptionGroup) as raised:
             error = most_telling(raised)
+            if isinstance(error, HostExhaustedError):
+                error.guest_on = GuestOn.UNKNOWN
         now_ns = session.runtime.now_ns()
         if error is not None:
             return session.builder.failed(now_ns, error, None), error
