@@ -18,15 +18,20 @@ from migrate.control.codec_choice import (
 )
 from migrate.control.delta_choice import DeltaChoice, delta_codec
 from migrate.control.link_meter import LinkEstimate
+from migrate.control.occupancy import Occupancy
 from migrate.pages.classify import ClassifiedPages
 from migrate.pages.encode import NOTHING, Encoded, encode_rows, make_batch
 from migrate.pages.page_cache import KeepRule, Rows
 from migrate.params import Compress
-from migrate.runtime import Runtime, Step
+from migrate.runtime import ENCODE_THREADS, Runtime, Step
 from proto.codecs import Codec, CodecId, make_codec
 from proto.link.pages import PageBatch
 
 CODEC_IDS: Final = {"none": CodecId.RAW, "lz4": CodecId.LZ4, "zstd": CodecId.ZSTD}
+
+BUSY_SHARE: Final = 0.7
+"""Encoders that are all at work for this share of the time are the limit. Less than 1: each change
+of batches takes some time on busy hosts."""
 
 DELTA_COST: Final = "delta"
 """What the runtime's cost model calls the encoding of differences: it costs less than that of
@@ -61,8 +66,14 @@ class PageEncoder:
         self._runtime = runtime
         self._choice = CodecChoice()
         self._deltas = DeltaChoice()
+        self._occupancy = Occupancy(ENCODE_THREADS)
         self._link: LinkEstimate | None = None
         self._delta_codec = delta_codec(compress.mode)
+
+    @property
+    def is_the_limit(self) -> bool:
+        """All encoders were at work nearly all of the time lately."""
+        return self._occupancy.share(self._runtime.now_ns()) >= BUSY_SHARE
 
     @property
     def _literal_codec(self) -> CodecSetting:
@@ -106,7 +117,11 @@ class PageEncoder:
             return Plan(deltas=deltas)
         if self._compress.mode != "auto":
             return Plan(self._literal_codec, None, deltas)
-        return Plan(self._choice.choose(link, hungry=hungry), self._choice.probe(), deltas)
+        return Plan(
+            self._choice.choose(link, hungry=hungry and self.is_the_limit),
+            self._choice.probe(),
+            deltas,
+        )
 
     def pass_on(self, pages: ClassifiedPages) -> PageBatch:
         """Make a batch of which nothing has to be encoded."""
@@ -149,5 +164,9 @@ class PageEncoder:
             return encode_rows(rows, None)
         codec: Codec = make_codec(CODEC_IDS[setting.codec], setting.level or 1)
         costs = ((cost, rows.nbytes),)
-        encoded, _ = await self._runtime.work(Step.ENCODE, costs, encode_rows, rows, codec)
+        self._occupancy.begin(self._runtime.now_ns())
+        try:
+            encoded, _ = await self._runtime.work(Step.ENCODE, costs, encode_rows, rows, codec)
+        finally:
+            self._occupancy.end(self._runtime.now_ns())
         return encoded
