@@ -5,8 +5,6 @@ are waited for out by coming first.
 """
 
 import errno
-import os
-import resource
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -16,7 +14,12 @@ import trio
 from migrate.errors import MigrationError
 from migrate.params import LinkAddress
 from migrate.session import Session
-from migrate.transport.channels import LinkListener, LinkSocket
+from migrate.transport.channels import (
+    SPARED_DESCRIPTORS,
+    LinkListener,
+    LinkSocket,
+    has_descriptors,
+)
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
 from migrate.transport.socket_stream import start_stream
@@ -31,9 +34,6 @@ MOST_LINES: Final = 16
 
 NO_ROOM_S: Final = 0.1
 """Until the next connection is tried to be accepted, when the host had no room for one."""
-
-SPARED_DESCRIPTORS: Final = 12
-"""Not for strangers: the migration under way opens records, sockets, modules of Python."""
 
 _NO_ROOM: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}
 """Reasons not to accept a connection that pass; no migration under way may end for them."""
@@ -148,17 +148,6 @@ class Door:
         if count <= MOST_LINES or count & (count - 1) == 0:
             so_far = f" ({count} so far)" if count > MOST_LINES else ""
             self._session.say(f"turned away a connection from {host}: {why}{so_far}")
-
-
-def has_descriptors(count: int) -> bool:
-    """Whether about so many files more may be opened, as the lowest free number says."""
-    try:
-        lowest = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    except OSError:
-        return False
-    os.close(lowest)
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return limit == resource.RLIM_INFINITY or lowest + count <= limit
 
 
 async def _accept(listener: LinkListener) -> tuple[LinkSocket, str]:

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from migrate.errors import MigrationError
+from migrate.transport.channels import SPARED_DESCRIPTORS, has_descriptors
 from migrate.transport.link import Link
 from migrate.transport.stream import LinkStream
 
@@ -29,7 +30,10 @@ async def open_streams(link: Link, connect: Callable[[], Awaitable[LinkStream]])
     missing: list[str] = []
     async with trio.open_nursery() as nursery:
         for number in range(1, link.session.welcome.streams):
-            nursery.start_soon(_open_one, link, number, connect, missing)
+            if has_descriptors(SPARED_DESCRIPTORS + number):
+                nursery.start_soon(_open_one, link, number, connect, missing)
+            else:
+                missing.append(_not_opened(number, "this host has too few file descriptors"))
     return sorted(missing)
 
 
@@ -54,7 +58,11 @@ async def _open_one(
         if stream is not None and not joined:
             stream.close()
     if not joined:
-        missing.append(f"connection {number} of --streams could not be opened: {why}")
+        missing.append(_not_opened(number, why))
+
+
+def _not_opened(number: int, why: str) -> str:
+    return f"connection {number} of --streams could not be opened: {why}"
 
 
 async def end_joining(link: Link) -> None:

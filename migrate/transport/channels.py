@@ -6,6 +6,7 @@ engine works on trio sockets directly.
 
 import errno
 import os
+import resource
 import socket
 import stat
 from collections.abc import Awaitable, Iterable
@@ -29,6 +30,9 @@ LINK_NOTSENT_BYTES = 128 * 1024
 SO_SNDBUFFORCE = 32
 TCP_NOTSENT_LOWAT = 25
 """Linux's numbers; the socket module does not name them in every Python."""
+
+SPARED_DESCRIPTORS = 12
+"""Not for strangers and further connections: a migration opens records, sockets, modules."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -85,6 +89,17 @@ class LinkListener(Protocol):
     def close(self) -> None:
         """Listen no longer."""
         ...
+
+
+def has_descriptors(count: int) -> bool:
+    """Whether about so many files more may be opened, as the lowest free number says."""
+    try:
+        lowest = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return False
+    os.close(lowest)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit == resource.RLIM_INFINITY or lowest + count <= limit
 
 
 async def send_all(sock: trio.socket.SocketType, buffers: Iterable[Buffer]) -> int:

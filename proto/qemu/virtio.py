@@ -455,7 +455,7 @@ def _queue(
         desc,
         avail,
         used,
-        next_avail,
+        next_avail if desc else last_avail,  # without an address QEMU goes by the latter
         next_used,
         in_flight,
         packed=True,

@@ -333,6 +333,17 @@ def test_without_descriptors_the_guest_stays(bench: Bench, side: str, count: int
     assert re.search("nothing was begun|on the source", src.text.splitlines()[-1])
 
 
+@pytest.mark.parametrize("side", ["src", "dst"])
+def test_without_descriptors_for_further_connections_there_are_fewer(
+    bench: Bench, side: str
+) -> None:
+    limits = {"NOFILE": 22}
+    dst, port = bench.destination(limits=limits if side == "dst" else {})
+    src = bench.source(port, "--streams", "16", limits=limits if side == "src" else {})
+    assert (src.ended(), dst.ended()) == (0, 0), src.text + dst.text
+    assert re.search(r"connection \d+ of --streams could not be opened: ", src.text)
+
+
 def test_strangers_leave_the_descriptors_that_a_migration_needs(bench: Bench) -> None:
     dst, port = bench.destination(limits={"NOFILE": 24})
     src = bench.source(port, "--max-bandwidth", "20Mbit", "--hold-before-commit")

@@ -360,6 +360,15 @@ def test_devices_are_known_by_name_where_nothing_describes_them() -> None:
     assert problems == ()
 
 
+def test_a_packed_ring_without_an_address_keeps_the_index_that_qemu_refuses() -> None:
+    ring = vs.Ring(8, desc=0, last_avail=5, packed=(0, 1, 0, 1, 0))
+    body = vs.virtio_body(
+        rings=(ring,), own=vs.net_part(), features=PACKED_FEATURES, packed_device=True
+    )
+    (queue,) = decode(vs.NET_PATH, body).virtqueues
+    assert (queue.desc, queue.last_avail_idx) == (0, 5)
+
+
 @given(st.data())
 def test_any_change_is_decoded_or_refused(data: st.DataObject) -> None:
     body = bytearray(vs.virtio_body(own=vs.net_part(), express=True))

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from migrate.door import has_descriptors
 from migrate.errors import HostExhaustedError, PeerLostError, exhausted
 from migrate.pages.page_cache import SPARED_BYTES, affordable_slots, less_cache
 from migrate.session import most_telling
+from migrate.transport.channels import has_descriptors
 from proto.guest_events import PAGE_SIZE
 
 MIB = 1 << 20
