@@ -141,7 +141,6 @@ class SourceHandover:
             return
         await self.guest.let_go()  # nobody runs; dies: ``cont`` at the source
         self.times.let_go_ns = self.runtime.now_ns()
-        # Whoever cannot hear this could not hear COMMIT: the guest is still the source's.
         await self.link.send(messages.SourceDone())
         if self.hold is not None:
             await self.hold()  # nobody runs; dies: ``cont`` at the source
@@ -199,6 +198,7 @@ class SourceHandover:
 
     async def _commit(self) -> None:
         """The point of no return. Nobody runs before and after the record is written."""
+        await self.link.flush()  # what cannot carry SOURCE_DONE would not carry COMMIT
         await trio.lowlevel.checkpoint()  # called off by now? then not a step further
         with trio.CancelScope(shield=True), trio.move_on_after(self.timeouts.running_s):
             # dies before the rename: the source may ``cont``; after it: unknown
