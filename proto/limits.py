@@ -58,6 +58,16 @@ MAX_STREAMS: Final = 16
 MIN_JOIN_TOKEN_BYTES: Final = 16
 """What admits a further connection: nobody guesses 128 random bits."""
 
+MAX_EPOCHS: Final = (1 << 32) - 1
+"""Epochs of a link: one attempt to resume a second goes on for 136 years."""
+
+MAX_CONTROL_BYTES: Final = 16 << 20
+"""Control messages that are kept until the other end has confirmed them: digests of an old copy go
+out by the megabyte; all others are small and few."""
+
+CONFIRM_CONTROL_BYTES: Final = 1 << 20
+"""So many bytes of control messages are confirmed at once, not with the next keep-alive."""
+
 MAX_AHEAD_FRAMES: Final = 16384
 """Numbered frames that may arrive before one that is missing: bounds what is kept of tiny ones;
 full ones of so many are 16 GiB, beyond every other limit."""

@@ -7,11 +7,13 @@ from proto.guest_events import NEED_DATA, OpaqueKind
 from proto.link import messages as m
 from proto.link.connection import LinkConnection
 from proto.link.dispatch import FRAMES, encode_message
+from proto.link.exchange import Event, LinkClosed
 from proto.link.frames import Buffer, Frame, FrameType, encode_frame
 from proto.link.messages import Message
 from proto.link.pages import PageBatch
-from proto.link.session import Event, LinkClosed, LinkSession, decode_join
+from proto.link.session import LinkSession
 from proto.link.state import Direction, LinkState, Role, next_state
+from proto.link.strangers import decode_later
 from tests.strategies import BLOCKS, CACHE_SLOTS, page_array, receive, same_message
 
 DIGEST = bytes(16)
@@ -101,7 +103,7 @@ def join(near: End, far: End, number: int) -> None:
     """Open a further connection between two ends that have agreed upon it."""
     wire = b"".join(near.send(near.join(number), number))
     stranger = LinkConnection(Role.DESTINATION)
-    assert decode_join(arrival(stranger, wire)) == near.join(number)
+    assert decode_later(arrival(stranger, wire)) == near.join(number)
     stranger.number = number
     far.connections[number] = stranger
     answer = far.admit(near.join(number))
@@ -172,6 +174,8 @@ EXAMPLES: dict[FrameType, Message] = {
         m.Abort("cancelled", "by the user", "source"),
         m.Join(DIGEST, bytes(16), 1),
         m.Joined(),
+        m.Resume(DIGEST, bytes(16), 1, 1),
+        m.Resumed(0, 0, 1),
         m.Bye(),
     ]
 }

@@ -11,6 +11,7 @@ from proto.codecs import CodecId
 from proto.guest_events import PAGE_SIZE, OpaqueKind, RamBlock
 from proto.limits import NOT_CACHED
 from proto.link import messages as m
+from proto.link import vocabulary
 from proto.link.frames import Buffer, FrameType
 from proto.link.page_lists import Pages
 from proto.link.pages import PageBatch, SlotSpace
@@ -140,6 +141,7 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
         paused_at_start=st.booleans(),
         optional=name_lists,
         streams=st.integers(1, 16),
+        resume_token=st.binary(max_size=64),
         vm_id=st.none() | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
     ),
     FrameType.COMMIT: st.just(m.Commit()),
@@ -177,24 +179,36 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
         st.booleans(),
     ),
     FrameType.JOIN: st.builds(
-        m.Join, digests, st.binary(min_size=16, max_size=64), st.integers(1, 15)
+        m.Join,
+        digests,
+        st.binary(min_size=16, max_size=64),
+        st.integers(1, 15),
+        st.integers(0, (1 << 32) - 1),
     ),
     FrameType.JOINED: st.just(m.Joined()),
+    FrameType.RESUME: st.builds(
+        m.Resume,
+        digests,
+        st.binary(min_size=16, max_size=64),
+        st.integers(1, (1 << 32) - 1),
+        u64,
+    ),
+    FrameType.RESUMED: st.builds(m.Resumed, u64, u64, u64),
     FrameType.RECOVER: st.builds(
         m.Recover,
         migration_id=digests,
         token=st.binary(max_size=64),
-        state=st.sampled_from(m.SOURCE_STATES),
+        state=st.sampled_from(vocabulary.SOURCE_STATES),
     ),
     FrameType.RECOVERED: st.builds(
         m.Recovered,
-        state=st.sampled_from(m.DESTINATION_STATES),
+        state=st.sampled_from(vocabulary.DESTINATION_STATES),
         guest_on=st.sampled_from(["source", "destination", "unknown"]),
         run_state=st.none() | names,
         message=texts,
     ),
-    FrameType.KEEPALIVE: st.just(m.KeepAlive()),
-    FrameType.ABORT: st.builds(m.Abort, names, texts, st.sampled_from(m.GUEST_ON)),
+    FrameType.KEEPALIVE: st.builds(m.KeepAlive, u64),
+    FrameType.ABORT: st.builds(m.Abort, names, texts, st.sampled_from(vocabulary.GUEST_ON)),
     FrameType.BYE: st.just(m.Bye()),
 }
 """One strategy per frame type."""

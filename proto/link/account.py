@@ -22,6 +22,7 @@ BYTE_CLASSES: Final = (
     "opaque",
     "device_state",
     "control",
+    "resent",
 )
 """Keys of a byte account; a frame's bytes are each counted under exactly one."""
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from proto.errors import MessageError, VersionMismatchError
 from proto.limits import DIGEST_BYTES, MIN_JOIN_TOKEN_BYTES
 from proto.link.messages import (
-    OLDEST_VERSION,
-    PROTOCOL_VERSION,
     CommitKind,
     DigestQuery,
     DigestReply,
@@ -14,6 +12,7 @@ from proto.link.messages import (
     OldCopy,
     Welcome,
 )
+from proto.link.vocabulary import OLDEST_VERSION, PROTOCOL_VERSION
 
 
 def check_welcome(where: str, hello: Hello, welcome: Welcome) -> None:

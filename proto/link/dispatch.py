@@ -37,6 +37,7 @@ from proto.link.pages import (
     decode_pages,
     encode_pages,
 )
+from proto.link.vocabulary import OLDEST_VERSION, PROTOCOL_VERSION
 from proto.packing import pack_fields, unpack_fields, unpack_map
 
 Encoded = tuple[bytes, tuple[Buffer, ...]]
@@ -80,6 +81,7 @@ class FrameRule(FrameShape):
 
 
 ACK: Final = struct.Struct("<QQ")
+KEEPALIVE: Final = struct.Struct("<Q")
 ROUND_END: Final = struct.Struct("<I")
 OPAQUE: Final = struct.Struct("<BBHI")
 DEVICE_STATE: Final = struct.Struct("<BBHI")
@@ -119,10 +121,10 @@ def _unpack_greeting(frame: Frame) -> dict[str, Any]:
     if type(version) is not int or type(oldest) is not int or not 1 <= oldest <= version:
         got = f"{oldest!r}, {version!r}"[:80]
         raise MessageError(frame.where, "versions with 1 <= oldest <= version", got)
-    if oldest > m.PROTOCOL_VERSION or version < m.OLDEST_VERSION:
-        ours = f"protocol version {m.OLDEST_VERSION} to {m.PROTOCOL_VERSION}"
+    if oldest > PROTOCOL_VERSION or version < OLDEST_VERSION:
+        ours = f"protocol version {OLDEST_VERSION} to {PROTOCOL_VERSION}"
         raise VersionMismatchError(frame.where, ours, f"{oldest} to {version}")
-    newer = version > m.PROTOCOL_VERSION
+    newer = version > PROTOCOL_VERSION
     fields = FIELDS[frame.frame_type]
     return unpack_fields(frame.where, fields, frame.header, allow_unknown=newer)
 
@@ -227,6 +229,14 @@ def _encode_ack(message: m.Ack) -> Encoded:
 
 def _decode_ack(frame: Frame, _: Context) -> m.Ack:
     return m.Ack(*_unpack(frame, ACK, frame.header))
+
+
+def _encode_keepalive(message: m.KeepAlive) -> Encoded:
+    return KEEPALIVE.pack(message.heard), ()
+
+
+def _decode_keepalive(frame: Frame, _: Context) -> m.KeepAlive:
+    return m.KeepAlive(*_unpack(frame, KEEPALIVE, frame.header))
 
 
 def _encode_return_path(message: m.ReturnPath) -> Encoded:
@@ -371,6 +381,7 @@ FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
             False, MAX_MESSAGE_HEADER_BYTES, 0, True, False, _encode_query, _decode_query
         ),
         FrameType.JOIN: _map(m.Join, "source", _SMALL),
+        FrameType.RESUME: _map(m.Resume, "source", _SMALL),
         FrameType.RECOVER: FrameRule(
             False, _SMALL, 0, True, False, _encode_map, _decode_recover
         ),
@@ -403,8 +414,11 @@ FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
             _decode_old_copy,
         ),
         FrameType.JOINED: _map(m.Joined, "destination", 0),
+        FrameType.RESUMED: _map(m.Resumed, "destination", _SMALL),
         FrameType.RECOVERED: _map(m.Recovered, "destination", _SMALL),
-        FrameType.KEEPALIVE: _map(m.KeepAlive, "both", 0),
+        FrameType.KEEPALIVE: FrameRule(
+            False, KEEPALIVE.size, 0, True, True, _encode_keepalive, _decode_keepalive
+        ),
         FrameType.ABORT: _map(m.Abort, "both", _SMALL),
         FrameType.BYE: _map(m.Bye, "both", 0),
     }

@@ -14,6 +14,7 @@ from proto.limits import (
     MAX_CACHE_SLOTS,
     MAX_CAPABILITIES,
     MAX_DIGEST_RANGES,
+    MAX_EPOCHS,
     MAX_IDSTR_BYTES,
     MAX_NAME_BYTES,
     MAX_OLD_PAGES,
@@ -27,12 +28,8 @@ from proto.limits import (
     MIN_JOIN_TOKEN_BYTES,
 )
 from proto.link.frames import FrameType
-from proto.link.messages import (
-    DESTINATION_STATES,
-    GUEST_ON,
-    SOURCE_STATES,
-    CommitKind,
-)
+from proto.link.messages import CommitKind
+from proto.link.vocabulary import DESTINATION_STATES, GUEST_ON, SOURCE_STATES
 from proto.packing import (
     Check,
     binary,
@@ -53,6 +50,7 @@ SLOTS: Final = integer(0, MAX_CACHE_SLOTS)
 DIGEST: Final = binary(DIGEST_BYTES, DIGEST_BYTES)
 MIGRATION_ID: Final = binary(MIGRATION_ID_BYTES, MIGRATION_ID_BYTES)
 STREAMS: Final = integer(1, MAX_STREAMS)
+EPOCH: Final = integer(0, MAX_EPOCHS)
 NAME: Final = text(MAX_NAME_BYTES, 1)
 TEXT: Final = text(MAX_TEXT_BYTES)
 NAMES: Final = sequence(NAME, MAX_CAPABILITIES)
@@ -90,6 +88,7 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
             "paused_at_start": boolean,
             "vm_id": optional(VM_ID),
             "streams": STREAMS,
+            "resume_token": binary(MAX_TOKEN_BYTES),
         },
         FrameType.COMMIT: {},
         FrameType.SOURCE_DONE: {},
@@ -98,6 +97,13 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
             "migration_id": MIGRATION_ID,
             "join_token": binary(MAX_TOKEN_BYTES, MIN_JOIN_TOKEN_BYTES),
             "connection": integer(1, MAX_STREAMS - 1),
+            "epoch": EPOCH,
+        },
+        FrameType.RESUME: {
+            "migration_id": MIGRATION_ID,
+            "resume_token": binary(MAX_TOKEN_BYTES, MIN_JOIN_TOKEN_BYTES),
+            "epoch": integer(1, MAX_EPOCHS),
+            "heard": U64,
         },
         FrameType.WELCOME: {
             "version": U16,
@@ -125,6 +131,7 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
         FrameType.READY: {},
         FrameType.RUNNING: {"run_state": NAME, "load_ns": U64, "resume_ns": U64},
         FrameType.JOINED: {},
+        FrameType.RESUMED: {"received_seq": U64, "consumed_seq": U64, "heard": U64},
         FrameType.RECOVER: {
             "version": U16,
             "oldest": U16,
@@ -138,7 +145,6 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
             "run_state": optional(NAME),
             "message": TEXT,
         },
-        FrameType.KEEPALIVE: {},
         FrameType.ABORT: {"code": NAME, "message": TEXT, "guest_on": one_of(*GUEST_ON)},
         FrameType.BYE: {},
     }

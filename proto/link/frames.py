@@ -64,6 +64,7 @@ class FrameType(enum.IntEnum):
     SOURCE_DONE = 34
     DIGEST_QUERY = 35
     JOIN = 36
+    RESUME = 37
     RECOVER = 40
 
     WELCOME = 64
@@ -77,6 +78,7 @@ class FrameType(enum.IntEnum):
     RUNNING = 72
     OLD_COPY = 73
     JOINED = 74
+    RESUMED = 75
     RECOVERED = 80
 
     KEEPALIVE = 96

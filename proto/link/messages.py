@@ -15,22 +15,7 @@ from proto.codecs import CodecId
 from proto.guest_events import OpaqueKind, RamBlock
 from proto.link.frames import Buffer, FrameType
 from proto.link.pages import PageBatch
-
-PROTOCOL_VERSION = 1
-"""The version this code speaks."""
-
-OLDEST_VERSION = 1
-"""The oldest version this code still speaks."""
-
-GUEST_ON = ("source", "destination", "neither", "unknown", "handed-over")
-"""Where a guest can be said to be; never more than is known."""
-
-
-SOURCE_STATES = ("PREPARED", "COMMIT_SENT", "RUNNING", "KEPT", "RETURNED")
-"""What a source can have recorded of a handover."""
-
-DESTINATION_STATES = ("COMMITTED", "ABORTED", "GIVEN_BACK")
-"""What a destination has recorded when it answers."""
+from proto.link.vocabulary import OLDEST_VERSION, PROTOCOL_VERSION
 
 
 class CommitKind(enum.Enum):
@@ -145,6 +130,7 @@ class Hello:
         optional: Capabilities it would use.
         vm_id: Identity of the VM that comes; ``None``: nothing kept of it may be used.
         streams: Connections the source would open in all.
+        resume_token: The secret with which it comes back after a cut; empty: it never will.
         version: Protocol version of the source.
         oldest: Oldest version it speaks.
     """
@@ -161,6 +147,7 @@ class Hello:
     paused_at_start: bool = False
     vm_id: str | None = None
     streams: int = 1
+    resume_token: bytes = b""
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     version: int = PROTOCOL_VERSION
@@ -219,6 +206,7 @@ class Join:
         migration_id: As HELLO named it.
         join_token: As WELCOME gave it.
         connection: Its number, from 1.
+        epoch: The link's epoch, 0 before the first cut.
     """
 
     frame_type: ClassVar[FrameType] = FrameType.JOIN
@@ -226,6 +214,7 @@ class Join:
     migration_id: bytes
     join_token: bytes
     connection: int
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +222,42 @@ class Joined:
     """JOINED: numbered frames may come on this connection."""
 
     frame_type: ClassVar[FrameType] = FrameType.JOINED
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """RESUME: goes on with a migration whose connections were lost; first message there.
+
+    Attributes:
+        migration_id: As HELLO named it.
+        resume_token: As HELLO gave it.
+        epoch: Number of the link's new epoch, above all that were said before.
+        heard: Counted control messages of the destination's that the source has heard.
+    """
+
+    frame_type: ClassVar[FrameType] = FrameType.RESUME
+
+    migration_id: bytes
+    resume_token: bytes
+    epoch: int
+    heard: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """RESUMED: the connection is the first one of the new epoch, and the old one is over.
+
+    Attributes:
+        received_seq: As in ACK; the source goes on behind it.
+        consumed_seq: As in ACK.
+        heard: Counted control messages of the source's that the destination has heard.
+    """
+
+    frame_type: ClassVar[FrameType] = FrameType.RESUMED
+
+    received_seq: int
+    consumed_seq: int
+    heard: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,9 +431,15 @@ class Recovered:
 
 @dataclass(frozen=True, slots=True)
 class KeepAlive:
-    """KEEPALIVE: nothing happened, and the sender is there."""
+    """KEEPALIVE: the sender is there.
+
+    Attributes:
+        heard: Counted control messages that it has heard; the other end need not keep them.
+    """
 
     frame_type: ClassVar[FrameType] = FrameType.KEEPALIVE
+
+    heard: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,6 +492,8 @@ Message = (
     | OldCopy
     | Join
     | Joined
+    | Resume
+    | Resumed
     | KeepAlive
     | Abort
     | Bye

@@ -7,8 +7,8 @@ come from ``proto.link.connection`` and go there. The destination answers with t
 are never mixed up:
 
 * ``received_seq``: everything up to here arrived and was decoded in order, exactly once. The
-  source forgets its copies. A later connection would go on behind it; sending anything below it
-  again would write cache slots twice.
+  source forgets its copies. After a cut the next epoch goes on behind it; sending anything below
+  it again would write cache slots twice.
 * ``consumed_seq``: everything up to here was taken in by the destination *guest*. What is above
   it is outstanding; the source's window counts that, in bytes on the wire and in raw bytes.
 
@@ -152,6 +152,25 @@ class ReceiveSequence:
         self._acked_received = 0
         self._acked_consumed = 0
 
+    def restart(self) -> None:
+        """Begin another epoch with its first connection: what came early comes again."""
+        self._held.clear()
+        self.held_bytes = 0
+        self._newest = {0: self.received_seq}
+
+    @property
+    def has_gap(self) -> bool:
+        """The next frame can come over no connection that is open."""
+        due = self.received_seq + 1
+        if not self._held or due in self._held:
+            return False
+        return min(self._newest.values()) > due
+
+    @property
+    def acknowledged(self) -> tuple[int, int]:
+        """``received_seq`` and ``consumed_seq`` as they were said last."""
+        return self._acked_received, self._acked_consumed
+
     def open(self, connection: int) -> None:
         """Expect frames from one more connection."""
         self._newest[connection] = 0
@@ -206,8 +225,8 @@ class ReceiveSequence:
         frame = self._held.pop(due, None)
         if frame is not None:
             self.held_bytes -= frame.wire_bytes
-        elif (passed := min(self._newest.values())) > due:
-            got = f"frames up to {passed} on every connection"
+        elif min(self._newest.values()) > due:
+            got = f"frames up to {min(self._newest.values())} on every connection"
             raise FrameError("link", f"sequence number {due}", got)
         return frame
 

@@ -142,8 +142,11 @@ _JUDGED: Final = (_S.MISMATCHED, _S.VERIFIED, _S.READY)
 """Everything was received and compared: the source QEMU may complete, early if nobody answers its
 return path."""
 
-_DESTINATION_SENDS: Final = tuple(t for t in _T if t >= 64 and t != _T.JOINED)
-_SOURCE_SENDS: Final = tuple(t for t in _T if (t < 64 or t >= 96) and t != _T.JOIN)
+_OPENING: Final = (_T.JOIN, _T.JOINED, _T.RESUME, _T.RESUMED)
+"""What opens a connection beside the first one is no move of the migration."""
+
+_DESTINATION_SENDS: Final = tuple(t for t in _T if t >= 64 and t not in _OPENING)
+_SOURCE_SENDS: Final = tuple(t for t in _T if (t < 64 or t >= 96) and t not in _OPENING)
 
 SOURCE: Final[Table] = MappingProxyType(
     {
@@ -340,6 +343,9 @@ JOINABLE: Final = frozenset({_S.SETUP, _S.PRECOPY})
 
 FLOWING: Final = frozenset({_S.SETUP, _S.PRECOPY, _S.STOP_AND_COPY, _S.DEVICE_STATE})
 """Numbered messages may be under way: the end of any connection is a lost link."""
+
+RESUMABLE: Final = frozenset({*_GREETED, _S.BYE_SENT})
+"""A cut is no end: the source comes back, and the link goes on in another epoch."""
 
 ENDED: Final = frozenset({_S.BYE_RECEIVED, _S.CLOSED, _S.REFUSED})
 """States in which the peer may close the connection without breaking off."""

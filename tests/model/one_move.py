@@ -28,10 +28,10 @@ from proto.codecs import CodecId, decode, make_codec
 from proto.guest_events import MAX_RUN_PAGES, PageRun, RamBlock, ZeroRun
 from proto.link import messages as m
 from proto.link.dispatch import FRAMES
+from proto.link.exchange import LinkClosed
 from proto.link.messages import Message
 from proto.link.page_lists import split_zero_pages
 from proto.link.pages import PageBatch, bytes_by_class
-from proto.link.session import LinkClosed
 from proto.link.state import LinkState, Role
 from tests.link_pair import End, feed, join
 from tests.model.kept_ram import VM, KeptRam

@@ -15,6 +15,7 @@ from proto.link import messages as m
 from proto.link.dispatch import Context, decode_message, encode_message
 from proto.link.frames import Frame, FrameType
 from proto.link.state import LinkState, Role
+from proto.link.vocabulary import PROTOCOL_VERSION
 from tests.link_pair import EXAMPLES, HELLO, End, Pair, feed
 
 RECOVER = m.Recover(bytes(16), b"", "COMMIT_SENT")
@@ -72,11 +73,11 @@ def test_first_messages_of_other_versions(message: m.Message) -> None:
         header = msgpack.packb({**fields, **changes})
         return decode_message(Frame(message.frame_type, 0, header, b""), Context())
 
-    newer = decode(version=m.PROTOCOL_VERSION + 1, more="than we know")
+    newer = decode(version=PROTOCOL_VERSION + 1, more="than we know")
     assert isinstance(newer, m.Recover | m.Hello)
-    assert newer.version == m.PROTOCOL_VERSION + 1
+    assert newer.version == PROTOCOL_VERSION + 1
     with pytest.raises(VersionMismatchError):
-        decode(version=m.PROTOCOL_VERSION + 2, oldest=m.PROTOCOL_VERSION + 1)
+        decode(version=PROTOCOL_VERSION + 2, oldest=PROTOCOL_VERSION + 1)
     for wrong in ({"version": 0}, {"oldest": 9}, {"version": "1"}):
         with pytest.raises(MessageError):
             decode(**wrong)

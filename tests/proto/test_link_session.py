@@ -18,10 +18,10 @@ from proto.link import messages as m
 from proto.link.account import BYTE_CLASSES
 from proto.link.checks import choose_capabilities
 from proto.link.dispatch import FRAMES, encode_message
+from proto.link.exchange import LinkClosed
 from proto.link.frames import FrameType, encode_frame
 from proto.link.messages import Message
 from proto.link.pages import PageBatch
-from proto.link.session import LinkClosed
 from proto.link.state import VOID, Direction, LinkState, Role, next_state
 from tests.link_pair import (
     DIGEST,
@@ -186,6 +186,7 @@ def test_the_account_of_sent_bytes_closes_and_knows_the_classes() -> None:
         "literal": 2 * (2 * 8 + 8192),
         "opaque": len(b"QEVM" + b"start section" + b"x" + b"prelude"),
         "device_state": len(b"device"),
+        "resent": 0,
     }
 
 

@@ -20,9 +20,9 @@ from proto.limits import MAX_STREAMS
 from proto.link import messages as m
 from proto.link.connection import LinkConnection
 from proto.link.dispatch import encode_message
+from proto.link.exchange import Event, LinkClosed
 from proto.link.frames import FrameType, encode_frame
 from proto.link.messages import Message
-from proto.link.session import Event, LinkClosed
 from proto.link.state import LinkState, Role
 from tests.link_pair import (
     DIGEST,
@@ -160,7 +160,7 @@ def test_a_source_may_close_a_further_connection_behind_whole_frames() -> None:
     assert same(feed(pair.dst, early, 2), [PAGES, m.RoundEnd(0)])
 
 
-def test_a_source_that_closes_a_connection_without_its_frames_is_caught() -> None:
+def test_a_number_that_only_a_closed_connection_could_have_brought_is_a_lost_link() -> None:
     pair = joined(3)
     assert same(feed(pair.dst, b"".join(pair.src.send(TABLE, 1)), 1), [TABLE])
     pair.src.send(PAGES, 1)  # never arrives
@@ -168,8 +168,20 @@ def test_a_source_that_closes_a_connection_without_its_frames_is_caught() -> Non
         wire = b"".join(pair.src.send(PAGES, number))
         assert feed(pair.dst, wire, number) == []
     pair.dst.eof(1)
+    assert pair.dst.next_event() == LinkClosed(orderly=False, connection=1)
     assert pair.dst.next_event() is NEED_DATA
-    with pytest.raises(FrameError, match="link: expected sequence number 2"):
+    abort = m.Abort("cancelled", "", "source")
+    assert feed(pair.dst, b"".join(pair.src.send(abort))) == [abort]
+
+
+def test_a_number_that_nobody_brings_is_a_breach() -> None:
+    pair = joined(2)
+    for number in (0, 1):
+        assert same(feed(pair.dst, b"".join(pair.src.send(STATE[number])), 0), [STATE[number]])
+    pair.src.send(PAGES, 1)  # never written
+    assert feed(pair.dst, b"".join(pair.src.send(PAGES, 1)), 1) == []
+    pair.dst.put(b"".join(pair.src.send(PAGES, 0)))
+    with pytest.raises(FrameError, match="link: expected sequence number 3"):
         pair.dst.next_event()
 
 

@@ -1,0 +1,16 @@
+"""Values that messages of the link carry: versions, where a guest is, what was recorded of it."""
+
+PROTOCOL_VERSION = 1
+"""The version this code speaks."""
+
+OLDEST_VERSION = 1
+"""The oldest version this code still speaks."""
+
+GUEST_ON = ("source", "destination", "neither", "unknown", "handed-over")
+"""Where a guest can be said to be; never more than is known."""
+
+SOURCE_STATES = ("PREPARED", "COMMIT_SENT", "RUNNING", "KEPT", "RETURNED")
+"""What a source can have recorded of a handover."""
+
+DESTINATION_STATES = ("COMMITTED", "ABORTED", "GIVEN_BACK")
+"""What a destination has recorded when it answers."""
