@@ -260,6 +260,7 @@ class DestinationRun:
             nursery.start_soon(self._reception.run, to_us)
             link, hello = await sources.receive()
             self._link = link
+            link.gives_up, link.tell = self._gives_up, session.say
             session.builder.setup_done(self._runtime.now_ns())
             nursery.start_soon(link.keep_alive)  # the comparison may take its time
             old_pages = await self._copies.find(hello)
@@ -334,6 +335,10 @@ class DestinationRun:
                 await link.try_send(messages.Bye())
                 await self._source_left.wait()
             await guest.keep()
+            if (
+                link.is_down
+            ):  # the source may not know it yet; if it does not come back, this ends
+                await self._source_left.wait()
             if self._source_said_bye and self._state_file is not None:
                 self._state_file.remove()
         if (qemu := self._opener.qemu) is not None:
@@ -341,6 +346,14 @@ class DestinationRun:
                 f"the guest's QEMU is process {qemu.pid}, its monitor is {qemu.qmp_path}, "
                 f"its log {qemu.log_path}"
             )
+
+    def _gives_up(self, down_s: float) -> bool:
+        """Whether the source is no longer waited for, after so many seconds without a link."""
+        timeouts = self._params.timeouts
+        longest_s = timeouts.reconnect_s
+        return down_s > (
+            min(timeouts.running_s, longest_s) if self._has_committed() else longest_s
+        )
 
     def _settle_rings(self, verdict: RingVerdict) -> None:
         allow = self._params.allow_inconsistent_rings

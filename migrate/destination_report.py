@@ -3,6 +3,7 @@
 from migrate.errors import GuestOn, MigrationError
 from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
+from migrate.link_report import shown_phase, tell_link
 from migrate.report.progress import ProgressState
 from migrate.report.report import DeviceReport, Integrity, Report
 from migrate.ring_guard import arrived_reports
@@ -29,7 +30,7 @@ def destination_report(
         received = link.received_bytes
         session.ledger.add_bytes("control", max(0, received - session.ledger.wire_bytes))
         report.wire_bytes_back = link.sent_bytes
-        report.streams = link.stream_count
+        tell_link(session, link, report)
     session.builder.take_ledger(session.ledger)
     now_ns = session.runtime.now_ns()
     if error is not None:
@@ -72,7 +73,7 @@ def progress_state(
     stopped = inbound.state.stopped and session.phase == "precopy"
     blocks = inbound.state.blocks
     return ProgressState(
-        phase="stop-and-copy" if stopped else session.phase,
+        phase=shown_phase(link, "stop-and-copy" if stopped else session.phase),
         elapsed_ms=session.elapsed_ms,
         round_no=inbound.state.round_no,
         ram_bytes=sum(b.used_length for b in blocks.blocks) if blocks else None,

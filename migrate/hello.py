@@ -35,7 +35,7 @@ ANSWER_S = 60.0
 
 FAREWELL_S = 3.0
 
-JOIN_TOKEN_BYTES = 32
+TOKEN_BYTES = 32
 """Nobody guesses 256 bits."""
 
 REFUSALS = {error.code: error for error in (MachineMismatchError, TlsError, TokenError)}
@@ -99,6 +99,7 @@ async def introduce(
         paused_at_start=guest.was_running is False,
         vm_id=vm_id,
         streams=streams,
+        resume_token=runtime.random_bytes(TOKEN_BYTES),
     )
     await link.send(hello)
     welcome: Welcome | None = None
@@ -175,7 +176,7 @@ async def answer_hello(
             old_pages=old_pages,
             warnings=warnings[:MAX_WARNINGS],
             streams=hello.streams,
-            join_token=runtime.random_bytes(JOIN_TOKEN_BYTES) if hello.streams > 1 else b"",
+            join_token=runtime.random_bytes(TOKEN_BYTES) if hello.streams > 1 else b"",
         )
     )
     return Agreement(

@@ -306,8 +306,7 @@ class Inbound:
         while not self._all_consumed:
             await self._news.wait()
             self._news = trio.Event()
-            received = self._link.session.sequence.received_seq
-            await self._link.send(messages.Ack(received, self._consumed_seq))
+            await self._link.acknowledge(self._consumed_seq)
             if not self._all_consumed:
                 await trio.sleep(ACK_PAUSE_S)
 

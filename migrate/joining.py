@@ -66,6 +66,14 @@ def _not_opened(number: int, why: str) -> str:
 
 
 async def end_joining(link: Link) -> None:
-    """Destination: run as a task after WELCOME; takes further connections no longer than that."""
-    await trio.sleep(JOINING_S)
-    link.session.end_joining()
+    """Destination: run as a task after WELCOME; takes further connections for a while after it.
+
+    And for the same time after each cut.
+    """
+    session = link.session
+    while True:
+        epoch = session.epoch
+        await trio.sleep(JOINING_S)
+        if session.epoch == epoch:
+            session.end_joining()
+            await link.wait_epoch_after(epoch)

@@ -13,11 +13,12 @@ from migrate.params import DestinationParams
 from migrate.session import Session
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
+from migrate.transport.stream import LinkStream
 from proto.errors import RemoteProtocolError
 from proto.link import messages
 from proto.link.frames import Frame
-from proto.link.messages import Hello, Joined, Refused
-from proto.link.session import UNKNOWN, decode_join, refusal
+from proto.link.messages import Hello, Join, Refused, Resume
+from proto.link.strangers import UNKNOWN, decode_later, refusal
 from proto.packing import clip_text
 
 FAREWELL_S: Final = 3.0
@@ -55,8 +56,8 @@ class Reception:
 
     async def _introduced(self, link: Link, host: str) -> bool:
         """Hear who it is; whether the connection is the migration's from then on."""
-        if (frame := await link.first_if_join()) is not None:
-            return await self._joined(link, frame, host)
+        if (frame := await link.first_if_later()) is not None:
+            return await self._came_later(link, frame, host)
         try:
             hello = await link.receive()
         except (PeerLostError, PeerProtocolError) as error:
@@ -73,21 +74,14 @@ class Reception:
             await link.farewell(refused)
         return False
 
-    async def _joined(self, stray: Link, frame: Frame, host: str) -> bool:
-        """Take a further connection of the source's, or say why not."""
-        link = self._link
-        refused = UNKNOWN
+    async def _came_later(self, stray: Link, frame: Frame, host: str) -> bool:
+        """Take a further connection of the source's, or the first of an epoch; or say why not."""
         try:
-            join = decode_join(frame)
+            refused = self._judge(stray.stream, decode_later(frame))
         except RemoteProtocolError as error:
             refused = Refused("protocol", clip_text(str(error)))
-        else:
-            answer = UNKNOWN if link is None else link.session.admit(join)
-            if link is not None and isinstance(answer, Joined):
-                link.admit(stray.stream, join.connection)
-                return True
-            assert isinstance(answer, Refused), "there are two answers"
-            refused = answer
+        if refused is None:
+            return True
         self._door.turned_away(host, refused.message)
         with trio.move_on_after(FAREWELL_S):
             stray.stream.write(refusal(refused))
@@ -95,6 +89,21 @@ class Reception:
             stray.stream.end()
             await stray.stream.drain()
         return False
+
+    def _judge(self, stream: LinkStream, message: Join | Resume) -> Refused | None:
+        """Why a connection is not taken; None if it is the migration's from now on."""
+        link = self._link
+        if link is None:
+            return UNKNOWN
+        if isinstance(message, Resume):
+            return link.take_resume(stream, message)
+        if link.is_down:
+            return Refused("late", "the link is lost")
+        answer = link.session.admit(message)
+        if isinstance(answer, Refused):
+            return answer
+        link.admit(stream, message.connection)
+        return None
 
 
 _BUSY: Final = {

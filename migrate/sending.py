@@ -110,6 +110,7 @@ class Sender:
         self._framed_wire_bytes = self._framed_raw_bytes = 0
         self._consumed_wire_bytes = self._consumed_raw_bytes = 0
         self._received_wire_bytes = 0
+        self._epoch = 0
         self._starved = True
         self._link_idle = True
         self._noted_ns = self._fitted_ns = self._consumed_ns = 0
@@ -185,7 +186,7 @@ class Sender:
     def settle_ledger(self) -> None:
         """Bring everything that is not pages into the ledger; afterwards it closes to the byte."""
         sent = self._link.session.sent_bytes
-        for kind in ("opaque", "device_state", "control"):
+        for kind in ("opaque", "device_state", "control", "resent"):
             self._ledger.add_bytes(kind, sent[kind] - getattr(self._ledger.bytes, kind))
 
     def _note_round(self, round_no: int, item: Outgoing) -> None:
@@ -263,6 +264,11 @@ class Sender:
         now_ns = self._now_ns()
         window = self._link.session.window
         newest = 0
+        if self._epoch != self._link.session.epoch:
+            # What lies between says nothing of the link.
+            self._epoch = self._link.session.epoch
+            self._sent_ns.clear()
+            self._starved = self._link_idle = True
         while self._sent_ns and next(iter(self._sent_ns)) <= window.consumed_seq:
             newest = self._sent_ns.pop(next(iter(self._sent_ns)))
         if newest:

@@ -9,14 +9,13 @@ here.
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from migrate.ballooning import Ballooning, ballooned, hinting
+from migrate.ballooning import hinting
 from migrate.checkpoint.source_side import SourceCopies
 from migrate.connecting import open_link, open_stream
 from migrate.errors import (
@@ -30,9 +29,7 @@ from migrate.errors import (
     RingsInconsistentError,
 )
 from migrate.guests.base import GuestProgress, SourceGuest, Whereabouts
-from migrate.guests.gateway_source import GatewaySource, open_gateway
-from migrate.guests.qemu_source import open_qemu_source
-from migrate.guests.simulated_source import SIMULATED_RESERVE_MS, open_simulated_source
+from migrate.guests.gateway_source import GatewaySource
 from migrate.handover import SourceHandover
 from migrate.hello import Agreement, introduce, reported_commit
 from migrate.hold import CommitHold
@@ -40,13 +37,15 @@ from migrate.joining import open_streams
 from migrate.outbound import Outbound
 from migrate.params import SourceParams, default_run_dir
 from migrate.probe import MigrationPhases, Probe, open_probe
+from migrate.reconnecting import Reconnector, SourcePatience
 from migrate.recovery.advice import advise, source_advice
 from migrate.recovery.record import begin_record
 from migrate.report.progress import ProgressState
 from migrate.report.report import Report
 from migrate.ring_guard import SourceRingGuard
-from migrate.sending import HANDOVER_RESERVE_MS, Sender
+from migrate.sending import Sender
 from migrate.session import ENDINGS, PROGRESS_S, Session, most_telling, told_or_bug
+from migrate.source_guest import SourceOpener
 from migrate.source_report import progress_state, source_report
 from migrate.stalling import StallWatch
 from migrate.transport.guard import Guard
@@ -78,7 +77,6 @@ class SourceRun:
         self._outbound: Outbound | None = None
         self._sender: Sender | None = None
         self._link: Link | None = None
-        self._agreement: Agreement | None = None
         self._opening = trio.CancelScope()
         self._opened = False
         self._scope = trio.CancelScope()
@@ -87,7 +85,7 @@ class SourceRun:
         self._peer_said_bye = False
         self._run_state: str | None = None
         self._probe = Probe(None, session.warn)
-        self._ballooning: Ballooning | None = None
+        self._opener = SourceOpener(params, session, self._may_run_there)
         self._copies = SourceCopies(params.checkpoint, params.vm_id, session)
         self._hold = CommitHold(session) if params.hold_before_commit else CommitHold(None)
 
@@ -139,46 +137,8 @@ class SourceRun:
             advice = source_advice(self._handover.state_file, self._params.security)
             self._session.builder.report.recovery = advise(error, advice)
 
-    @asynccontextmanager
-    async def _open_guest(self, run_dir: Path) -> AsyncIterator[SourceGuest]:
-        params = self._params
-        if params.qmp is not None:
-            told_ms = params.downtime_limit_ms - HANDOVER_RESERVE_MS
-            async with (
-                ballooned(
-                    params.qmp, params.balloon_bytes, self._session, self._may_run_there
-                ) as self._ballooning,
-                open_qemu_source(
-                    params.qmp,
-                    run_dir,
-                    downtime_limit_ms=told_ms,
-                    step_s=params.timeouts.qemu_s,
-                    channels_wish=params.local_channels,
-                    max_bandwidth_bps=params.max_bandwidth_bps,
-                    warn=self._session.warn,
-                ) as source,
-            ):
-                yield source
-        elif params.simulate is not None:
-            told_ms = params.downtime_limit_ms - SIMULATED_RESERVE_MS
-            async with open_simulated_source(
-                params.simulate, self._runtime, downtime_limit_ms=told_ms
-            ) as simulated:
-                try:
-                    yield simulated
-                finally:
-                    simulated.tell(self._session.builder.report)
-        else:
-            assert params.gateway is not None
-            mode, owner = params.gateway_mode, params.gateway_owner
-            async with open_gateway(
-                params.gateway,
-                mode=mode,
-                owner=owner,
-                warn=self._session.warn,
-                step_s=params.timeouts.qemu_s,
-            ) as gateway:
-                yield gateway
+    def _open_guest(self, run_dir: Path) -> AbstractAsyncContextManager[SourceGuest]:
+        return self._opener.open(run_dir)
 
     async def _migrate_or_call_off(self, guest: SourceGuest) -> None:
         failure: BaseException | None = None
@@ -244,6 +204,8 @@ class SourceRun:
                 await known.wait()
             abort = messages.Abort(error.code, clip_text(str(error)), error.guest_on.value)
             with trio.move_on_after(FAREWELL_S):
+                if self._link.session.resumable and isinstance(error, PeerLostError):
+                    await self._reconnector.bring_back()  # if it is down
                 await self._link.farewell(abort)
 
     async def _peers_reason(self, error: MigrationError) -> MigrationError:
@@ -261,8 +223,8 @@ class SourceRun:
         self._runtime.check_state_dir(params.state_dir)
         self._guard.load()
         facts = await guest.facts()
-        if self._ballooning is not None:
-            facts = self._ballooning.with_wish(facts)
+        if (ballooning := self._opener.ballooning) is not None:
+            facts = ballooning.with_wish(facts)
         vm_id = await self._copies.identify(facts)
         session.builder.report.qemu_version = facts.qemu_version
         session.builder.report.free_page_hinting = hinting(facts)
@@ -276,28 +238,48 @@ class SourceRun:
             await self._probe.wait_before(params.probe_before_s)
         session.enter("connecting")
         link = self._link = await open_link(params, self._runtime, self._guard)
-        relay = params.commit == "relay"
-        agreement = self._agreement = await introduce(
-            link,
-            guest,
-            facts,
-            self._runtime,
-            cache_bytes=params.cache_bytes,
-            relay=relay,
-            vm_id=vm_id,
-            streams=params.streams,
-        )
         open_one = partial(open_stream, params, self._runtime, self._guard)
-        missing = await open_streams(link, open_one)
-        if self._ballooning is not None:
-            self._ballooning.agreed(agreement.kind)
+        self._reconnector = Reconnector(link, open_one, self._wait_for(link))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._reconnector.run)
+            agreement = await introduce(
+                link,
+                guest,
+                facts,
+                self._runtime,
+                cache_bytes=params.cache_bytes,
+                relay=params.commit == "relay",
+                vm_id=vm_id,
+                streams=params.streams,
+            )
+            self._agreed(guest, agreement, await open_streams(link, open_one))
+            await self._carry(guest, link, agreement, pending)
+            nursery.cancel_scope.cancel()
+
+    def _wait_for(self, link: Link) -> SourcePatience:
+        """Have the link survive its cuts, as long as this is better for the guest."""
+        session, params = self._session, self._params
+        patience = self._patience = SourcePatience(
+            link.session,
+            params.timeouts,
+            self._runtime.now_ns,
+            connect_s=params.connect_timeout_s,
+            limit_ms=params.downtime_limit_ms,
+        )
+        link.gives_up, link.silence_s = patience.gives_up, patience.silence_s
+        link.tell = session.say
+        return patience
+
+    def _agreed(self, guest: SourceGuest, agreement: Agreement, missing: list[str]) -> None:
+        session = self._session
+        if (ballooning := self._opener.ballooning) is not None:
+            ballooning.agreed(agreement.kind)
         self._copies.expect(agreement)
         for warning in (*agreement.warnings, *agreement.not_checked, *missing):
             session.warn(warning)
         session.builder.report.not_checked += agreement.not_checked
         session.builder.report.commit = reported_commit(agreement.kind, guest.form)
         session.builder.report.landed = sorted(agreement.landed)
-        await self._carry(guest, link, agreement, pending)
 
     def _begin_handover(
         self,
@@ -354,12 +336,13 @@ class SourceRun:
         to_control, control = trio.open_memory_channel[Message](64)
         handover = self._handover = self._begin_handover(guest, link, agreement, control)
         outbound = handover.outbound
+
+        def stopped_ns() -> int | None:
+            return guest.stopped_at_ns or outbound.state.switchover_at_ns
+
+        self._patience.watch(handover, lambda: stopped_ns() if guest.was_running else None)
         self._probe.follow(
-            MigrationPhases(
-                session.ledger,
-                lambda: guest.stopped_at_ns or outbound.state.switchover_at_ns,
-                lambda: handover.times.running_ns,
-            )
+            MigrationPhases(session.ledger, stopped_ns, lambda: handover.times.running_ns)
         )
         stalls = StallWatch(
             link,

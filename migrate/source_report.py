@@ -4,6 +4,7 @@ from migrate.checkpoint.source_side import SourceCopies
 from migrate.errors import GuestOn, MigrationError
 from migrate.guests.base import GuestProgress
 from migrate.handover import SourceHandover
+from migrate.link_report import shown_phase, tell_link
 from migrate.outbound import Outbound
 from migrate.report.progress import ProgressState
 from migrate.report.report import Integrity, Report
@@ -30,7 +31,7 @@ def source_report(
             session.ledger.add_bytes("control", link.sent_bytes)
         session.ledger.close(link.sent_bytes, session.runtime.now_ns())
         builder.report.wire_bytes_back = link.received_bytes
-        builder.report.streams = link.stream_count
+        tell_link(session, link, builder.report)
     if outbound is not None:
         _add_rounds(session, outbound)
         builder.report.ram_bytes = outbound.state.ram_bytes
@@ -135,7 +136,9 @@ def progress_state(
     stopped = outbound.state.switchover_at_ns is not None
     remaining = 0 if stopped else known.remaining_bytes
     return ProgressState(
-        phase="stop-and-copy" if stopped and session.phase == "precopy" else session.phase,
+        phase=shown_phase(
+            link, "stop-and-copy" if stopped and session.phase == "precopy" else session.phase
+        ),
         elapsed_ms=session.elapsed_ms,
         round_no=outbound.state.round_no,
         ram_bytes=outbound.state.ram_bytes or None,

@@ -72,12 +72,12 @@ class StallWatch:
     def _precopy_state(self) -> Hashable:
         window = self._link.session.window
         waits_for_us = window.consumed_seq == window.next_seq - 1
-        if self._stopped() or waits_for_us:
+        if self._stopped() or waits_for_us or self._link.is_down:
             return object()  # unlike any other
         return window.consumed_seq
 
     def _stop_state(self) -> Hashable:
-        if not self._stopped():
+        if not self._stopped() or self._link.is_down:
             return object()
         session = self._link.session
         written = self._link.written_bytes - session.sent_bytes["control"]

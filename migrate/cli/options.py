@@ -14,6 +14,7 @@ from typing import TypeVar
 from migrate.checkpoint.params import DEFAULT_MAX_BYTES, CheckpointParams, parse_vm_id
 from migrate.cli.parsing import (
     add_output,
+    add_reconnect,
     add_security,
     add_state_dir,
     add_timeouts,
@@ -69,6 +70,7 @@ def source_parser() -> argparse.ArgumentParser:
     _add_probe(parser)
     _add_checkpoint(parser, "keep the guest's memory in DIR when it leaves")
     add_timeouts(parser)
+    add_reconnect(parser, stopped=True)
     add_output(parser)
     return parser
 
@@ -230,6 +232,7 @@ def destination_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_checkpoint(parser, "use what DIR has of the guest's memory from when it left")
     add_timeouts(parser)
+    add_reconnect(parser, stopped=False)
     add_output(parser)
     return parser
 

@@ -10,7 +10,7 @@ from typing import NoReturn, TypeVar
 from migrate.errors import ParamsError
 from migrate.link_security import LinkSecurity
 from migrate.params import OutputParams, default_state_dir
-from migrate.timeouts import Timeouts
+from migrate.timeouts import DEFAULTS, Timeouts
 from migrate.units import NS_PER_MS, NS_PER_S, parse_duration_ns
 
 T = TypeVar("T")
@@ -111,9 +111,34 @@ def add_timeouts(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_reconnect(parser: argparse.ArgumentParser, *, stopped: bool) -> None:
+    """Add how long a lost link is waited for.
+
+    Args:
+        parser: Of the command.
+        stopped: Also while the guest stands still, which only the source can know.
+    """
+    group = parser.add_argument_group("a link that is lost (docs/faults.md)")
+    group.add_argument(
+        "--reconnect-timeout", metavar="TIME", type=checked(parse_seconds), default="5min",
+        help="how long it is waited for; 0s: its loss ends the migration",
+    )  # fmt: skip
+    if stopped:
+        group.add_argument(
+            "--stopped-timeout", metavar="TIME", type=checked(parse_seconds), default=None,
+            help="the same while the guest stands still; then it goes on here (default: 3s beyond "
+            "--downtime-limit)",
+        )  # fmt: skip
+
+
 def timeouts_of(options: argparse.Namespace) -> Timeouts:
-    """Collect what ``add_timeouts`` added; raises ``ParamsError`` for what cannot work."""
-    return Timeouts(peer_s=options.peer_timeout, qemu_s=options.qemu_timeout)
+    """Collect what the functions above added; raises ``ParamsError`` for what cannot work."""
+    return Timeouts(
+        peer_s=options.peer_timeout,
+        qemu_s=options.qemu_timeout,
+        reconnect_s=getattr(options, "reconnect_timeout", DEFAULTS.reconnect_s),
+        stopped_s=getattr(options, "stopped_timeout", None),
+    )
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

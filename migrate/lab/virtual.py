@@ -39,6 +39,7 @@ from migrate.session import Session
 from migrate.simulation.profile import Profile
 from migrate.source import SourceRun
 from migrate.state_file import Record, Side, StateFile
+from migrate.timeouts import DEFAULTS, Timeouts
 from migrate.transport.memory_link import Line, MemoryLinkParams, MemorySocket, memory_link
 from migrate.units import NS_PER_S
 
@@ -123,6 +124,7 @@ class VirtualNetwork:
         link: Its rate and delay.
         sockets: One end of every connection, for experiments that break it.
         connected: Set once there is one.
+        is_down: Nobody reaches anybody any more.
     """
 
     def __init__(self, link: MemoryLinkParams) -> None:
@@ -130,6 +132,7 @@ class VirtualNetwork:
         self._lines = (Line(), Line())
         self.sockets: list[MemorySocket] = []
         self.connected = trio.Event()
+        self.is_down = False
         self._listeners: dict[LinkAddress, VirtualListener] = {}
         self._news = trio.Event()
 
@@ -137,10 +140,12 @@ class VirtualNetwork:
         """Connect; waits for somebody to listen, as long as the caller likes.
 
         Raises:
-            ConnectError: Nobody listens any more.
+            ConnectError: Nobody listens any more, or there is no way.
         """
         while (listener := self._listeners.get(address)) is None:
             await self._news.wait()
+        if self.is_down:
+            raise ConnectError(f"no way to {address}")
         await trio.sleep(2 * self.link.delay_ms / 1000)
         near, far = memory_link(self.link, self._lines)
         self.sockets.append(near)
@@ -150,6 +155,12 @@ class VirtualNetwork:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectError(f"nobody listens at {address} any more") from error
         return near
+
+    def cut(self) -> None:
+        """Have nobody reach anybody any more, and nobody told."""
+        self.is_down = True
+        for sock in self.sockets:
+            sock.cut()
 
     def listen(self, address: LinkAddress) -> "VirtualListener":
         """Listen."""
@@ -293,6 +304,7 @@ class VirtualParams:
         model: What processor work costs.
         processors: Of each host.
         streams: Connections of the link.
+        timeouts: How long is too long.
     """
 
     downtime_limit_ms: int = 300
@@ -303,6 +315,7 @@ class VirtualParams:
     model: CostModel = field(default_factory=CostModel)
     processors: int = 4
     streams: int = 1
+    timeouts: Timeouts = DEFAULTS
 
 
 def run_virtual(
@@ -355,6 +368,7 @@ def source_params(params: VirtualParams, **guest: Any) -> SourceParams:  # noqa:
         compress=params.compress,
         cache_bytes=params.cache_bytes,
         streams=params.streams,
+        timeouts=params.timeouts,
         state_dir=NOWHERE,
         **guest,
     )
@@ -366,6 +380,7 @@ def destination_params(params: VirtualParams) -> DestinationParams:
         listen=ADDRESS,
         simulate=True,
         run_for_s=params.run_for_s,
+        timeouts=params.timeouts,
         state_dir=NOWHERE,
         run_dir=NOWHERE,
     )

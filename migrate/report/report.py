@@ -221,6 +221,16 @@ class BalloonReport:
     restored_on: Role | None = None
 
 
+@dataclass(slots=True)
+class CutReport:
+    """One time without a link."""
+
+    at_ms: float
+    outage_ms: float
+    resent_bytes: int
+    cause: str
+
+
 @dataclass(slots=True, kw_only=True)
 class Report:
     """One migration as one of the commands saw it; ``docs/report.md`` explains every field."""
@@ -261,6 +271,8 @@ class Report:
     guest_stolen_ms: float | None = None
     integrity: Integrity = field(default_factory=Integrity)
     reconnects: int = 0
+    outage_ms: float = 0.0
+    cuts: list[CutReport] = field(default_factory=list)
     predicted: Prediction | None = None
     old_copy: OldCopyReport | None = None
     checkpoint: CheckpointReport | None = None

@@ -197,12 +197,17 @@ def _headline(report: Report) -> list[str]:
     if report.qemu_version is not None:
         lines.append(_labelled("QEMU", report.qemu_version))
     if report.reconnects:
-        lines.append(_labelled("reconnects", str(report.reconnects)))
+        lines.append(_labelled("reconnects", _reconnects_text(report)))
     if report.predicted is not None:
         predicted = report.predicted
         times = format_ms(predicted.total_ms), format_ms(predicted.downtime_ms)
         lines.append(_labelled("predicted", f"total {times[0]}, downtime {times[1]}"))
     return lines
+
+
+def _reconnects_text(report: Report) -> str:
+    away = f"{format_ms(report.outage_ms)} without a link"
+    return f"{report.reconnects}, {away}, {format_size(report.bytes.resent)} sent again"
 
 
 def unused_memory(report: Report) -> list[tuple[str, str]]:

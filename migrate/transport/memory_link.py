@@ -347,6 +347,12 @@ class MemorySocket:
         """Say who the other end is."""
         self._peer = peer
 
+    def reset(self) -> None:
+        """Have both ends see that the connection is lost."""
+        self.lose_peer(unread=True)
+        if self._peer is not None:
+            self._peer.lose_peer(unread=True)
+
     def cut(self) -> None:
         """Pull the cable: nothing arrives any more at either end, and nobody is told."""
         self._out.cut()

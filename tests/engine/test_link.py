@@ -10,9 +10,10 @@ from trio.testing import MockClock
 
 from migrate.errors import PeerLostError, PeerProtocolError
 from migrate.session import wait_stalled
-from migrate.transport.link import PEER_SILENCE_S, Link
+from migrate.transport.link import Link
 from migrate.transport.socket_stream import start_stream
 from migrate.transport.stream import LinkStream
+from migrate.transport.traffic import PEER_SILENCE_S
 from proto.link import messages
 from proto.link.messages import CommitKind, Hello, Message, Welcome
 from proto.link.session import LinkSession
@@ -92,7 +93,7 @@ async def test_keep_alives_keep_an_idle_link(quick_clock: MockClock) -> None:
         nursery.start_soon(source.keep_alive)
         before = trio.current_time()
         while trio.current_time() - before < 4 * PEER_SILENCE_S:
-            assert await destination.receive() == messages.KeepAlive()
+            assert await destination.receive() == messages.KeepAlive(1)
         nursery.cancel_scope.cancel()
 
 

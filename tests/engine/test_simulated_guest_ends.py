@@ -24,6 +24,7 @@ from migrate.report.summary import summary_lines
 from migrate.session import Session
 from migrate.simulation.profile import read_profile
 from migrate.source import SourceRun
+from migrate.timeouts import Timeouts
 from migrate.transport.memory_link import MemoryLinkParams
 
 LINK = MemoryLinkParams(bandwidth_bps=125_000_000, delay_ms=1)
@@ -132,9 +133,10 @@ def test_a_guest_that_was_never_stopped_is_said_to_have_run_all_the_time() -> No
 def test_a_lost_source_may_have_taken_its_guest_with_it() -> None:
     async def cut(source: SourceRun, _: DestinationRun, network: VirtualNetwork) -> None:
         await stopped(source)
-        network.sockets[0].cut()
+        network.cut()  # nor can it say that it gives up
 
-    source, destination, _ = migrate(cut)
+    alone = replace(PLAIN, timeouts=Timeouts(reconnect_s=0, stopped_s=0))
+    source, destination, _ = migrate(cut, alone)
     assert destination.error is not None
     assert destination.error.code == "peer-lost"
     assert destination.guest_on is GuestOn.UNKNOWN

@@ -44,6 +44,7 @@ from migrate.simulation.guest import SimulatedGuest
 from migrate.simulation.profile import Profile, read_profile
 from migrate.simulation.service_link import GuestService, compacted
 from migrate.source import SourceRun
+from migrate.timeouts import Timeouts
 from migrate.transport.memory_link import MemoryLinkParams
 from migrate.units import NS_PER_MS, NS_PER_S, format_count
 from proto.guest_events import DeviceState, Switchover
@@ -52,6 +53,8 @@ from tests.simulated import FakeTime
 MS: Final = NS_PER_MS
 LINK: Final = MemoryLinkParams(bandwidth_bps=50_000_000, delay_ms=2)
 PLAIN: Final = VirtualParams(compress=Compress("none"), run_for_s=0.5)
+ALONE: Final = replace(PLAIN, timeouts=Timeouts(reconnect_s=0, stopped_s=0))
+"""Nobody waits for another link."""
 
 
 def profile(**changes: object) -> Profile:
@@ -237,8 +240,8 @@ def called_off(
     runs: list[SourceRun] = []
 
     def make_runs(source: Session, destination: Session) -> Runs:
-        runs.append(SourceRun(source_params(PLAIN, simulate=one), source))
-        return runs[0], DestinationRun(destination_params(PLAIN), destination)
+        runs.append(SourceRun(source_params(ALONE, simulate=one), source))
+        return runs[0], DestinationRun(destination_params(ALONE), destination)
 
     async def main() -> tuple[Report, Report]:
         network = VirtualNetwork(LINK)

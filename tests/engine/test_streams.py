@@ -11,10 +11,11 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from migrate.errors import PeerLostError
-from migrate.transport.link import KEEPALIVE_S, PEER_SILENCE_S, Link
+from migrate.transport.link import Link
 from migrate.transport.memory_link import MemoryLinkParams, MemorySocket, memory_link
 from migrate.transport.socket_stream import SocketStream, start_stream
 from migrate.transport.stream import MAX_PENDING_BYTES, LinkStream, TaskStream
+from migrate.transport.traffic import KEEPALIVE_S, PEER_SILENCE_S
 from proto.link import messages
 from proto.link.connection import LinkConnection
 from proto.link.dispatch import encode_message
@@ -327,7 +328,7 @@ async def test_a_connection_that_falls_silent_is_lost_though_others_speak(
 
 async def hear_keep_alives(link: Link) -> None:
     while True:
-        assert await link.receive() == messages.KeepAlive()
+        assert await link.receive() == messages.KeepAlive(1)
 
 
 async def joined_in_memory(
@@ -361,7 +362,7 @@ async def test_keep_alives_go_over_every_connection(autojump_clock: MockClock) -
             nursery.start_soon(source.keep_alive)
             heard = [await destination.receive() for _ in range(8)]
             nursery.cancel_scope.cancel()
-        assert heard == [messages.KeepAlive()] * 8
+        assert heard == [messages.KeepAlive(1)] * 8
         assert trio.current_time() == pytest.approx(4 * KEEPALIVE_S, abs=0.5)
 
 

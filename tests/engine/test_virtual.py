@@ -36,8 +36,9 @@ from migrate.simulation.profile import Profile, read_profile
 from migrate.simulation.ram import SimulatedRam
 from migrate.source import SourceRun
 from migrate.state_file import COMMIT_SENT, COMMITTED, PREPARED, RUNNING
-from migrate.transport.link import PEER_SILENCE_S
+from migrate.timeouts import Timeouts
 from migrate.transport.memory_link import MemoryLinkParams
+from migrate.transport.traffic import PEER_SILENCE_S
 from migrate.units import MIB
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -210,6 +211,7 @@ class Seen:
     """A migration to look into: its ends, what they wrote down, and what they reported."""
 
     profile: Profile
+    params: VirtualParams = PLAIN
     source: SourceSeen = field(init=False)
     destination: DestinationSeen = field(init=False)
     runtimes: list[VirtualRuntime] = field(default_factory=list)
@@ -224,6 +226,7 @@ class Seen:
                 if disturb is not None:
                     nursery.start_soon(disturb, network)
                 reports.append(await migrate_virtually(self._make_runs, network, 1))
+                nursery.cancel_scope.cancel()
             return reports[0]
 
         return run_on_virtual_clock(main, 1)
@@ -232,8 +235,8 @@ class Seen:
         for session in (source, destination):
             assert isinstance(session.runtime, VirtualRuntime)
             self.runtimes.append(session.runtime)
-        self.source = SourceSeen(source_params(PLAIN, simulate=self.profile), source)
-        self.destination = DestinationSeen(destination_params(PLAIN), destination)
+        self.source = SourceSeen(source_params(self.params, simulate=self.profile), source)
+        self.destination = DestinationSeen(destination_params(self.params), destination)
         return self.source, self.destination
 
     def records(self) -> list[list[str]]:
@@ -263,13 +266,17 @@ def test_bandwidth_limit_holds_over_all_connections(streams: int) -> None:
     assert sent_ms * 0.95 < source.total_ms - source.setup_ms < sent_ms * 1.1 + 50
 
 
+NO_OTHER = Timeouts(reconnect_s=0, stopped_s=0)
+"""Nobody waits for another link."""
+
+
 async def cut_after_50_ms(network: VirtualNetwork) -> None:
     await trio.sleep(0.05)
     network.sockets[0].cut()
 
 
 def test_cut_link_leaves_the_guest_at_the_source() -> None:
-    seen = Seen(profile("busy"))
+    seen = Seen(profile("busy"), replace(PLAIN, timeouts=NO_OTHER))
     source, destination = seen.migrate(cut_after_50_ms)
     for report in (source, destination):
         assert report.status == "failed"
@@ -286,10 +293,25 @@ async def cut_at_once(network: VirtualNetwork) -> None:
     network.sockets[0].cut()
 
 
-def test_virtual_run_ends_although_no_hello_arrived() -> None:
-    """A real migrate-dst would listen on, for a source that there may be."""
+def test_hello_that_was_lost_is_said_again() -> None:
     seen = Seen(profile("quiet"))
     source, destination = seen.migrate(cut_at_once)
+    for report in (source, destination):
+        assert (report.error, report.guest_on) == (None, GuestOn.DESTINATION)
+    assert source.reconnects == 1
+    assert destination.reconnects == 0  # it has heard of one connection only
+    assert source.integrity.equal
+
+
+async def cut_for_good(network: VirtualNetwork) -> None:
+    await network.connected.wait()
+    network.cut()
+
+
+def test_virtual_run_ends_although_no_hello_ever_arrived() -> None:
+    """A real migrate-dst would listen on, for a source that there may be."""
+    seen = Seen(profile("quiet"))
+    source, destination = seen.migrate(cut_for_good)
     assert [report.error and report.error.code for report in (source, destination)] == [
         "peer-lost",
         "cancelled",
@@ -297,3 +319,26 @@ def test_virtual_run_ends_although_no_hello_arrived() -> None:
     assert (source.guest_on, source.guest_state) == (GuestOn.SOURCE, "running")
     assert seen.destination.guest.guest is None
     assert seen.records() == [[], []]
+
+
+def test_a_link_that_is_cut_again_and_again_carries_the_guest_all_the_same() -> None:
+    """In pre-copy, in the handover, and of the connections that were opened meanwhile."""
+
+    async def cut_often(network: VirtualNetwork) -> None:
+        await network.connected.wait()
+        for _ in range(10):
+            await trio.sleep(0.05)
+            for sock in network.sockets:
+                sock.reset()
+
+    seen = Seen(profile("busy"), replace(PLAIN, streams=3))
+    source, destination = seen.migrate(cut_often)
+    for report in (source, destination):
+        assert (report.error, report.guest_on) == (None, GuestOn.DESTINATION)
+        assert report.integrity.equal
+        assert report.reconnects == len(report.cuts) >= 4
+        assert report.outage_ms == pytest.approx(sum(cut.outage_ms for cut in report.cuts))
+    assert 0 < source.bytes.resent == sum(cut.resent_bytes for cut in source.cuts)
+    assert source.wire_bytes == source.bytes.total()
+    assert source.streams == 3
+    assert seen.records() == [[PREPARED, COMMIT_SENT, RUNNING], [PREPARED, COMMITTED]]

@@ -9,6 +9,7 @@ engine must be found by the same machine. More runs go through both commands on 
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Final
@@ -36,6 +37,7 @@ from migrate.simulation.dirty_bitmap import DirtyBitmap
 from migrate.simulation.profile import Profile, read_profile
 from migrate.simulation.ram import Pages, SimulatedRam
 from migrate.simulation.virtio.ring import DeviceHalf
+from migrate.timeouts import Timeouts
 from migrate.transport.memory_link import MemoryLinkParams
 from proto.codecs import CodecId
 from proto.errors import RemoteProtocolError
@@ -467,7 +469,8 @@ def test_guest_runs_in_one_place_wherever_the_link_is_cut(
     seed: int,
     cut: tuple[float, bool],
 ) -> None:
-    migration = Migration(calm(profile), link, params, seed, *cut)
+    alone = replace(params, timeouts=Timeouts(reconnect_s=0, stopped_s=0))
+    migration = Migration(calm(profile), link, alone, seed, *cut)
     source, _ = migration.run()
     if source.status != "completed":
         assert source.error is not None

@@ -1,7 +1,7 @@
 """Both commands on a virtual clock, seen from the inside: what left, what arrived, who runs."""
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,6 +125,21 @@ class DestinationSeen(DestinationRun):
             yield guest
 
 
+@dataclass(frozen=True)
+class Blow:
+    """The loss of connections.
+
+    Attributes:
+        pause_s: Since the one before.
+        hits_one: Only the newest connection, not all that there ever were.
+        is_silent: Nobody is told; else both ends see a reset.
+    """
+
+    pause_s: float
+    hits_one: bool
+    is_silent: bool = False
+
+
 @dataclass
 class Migration:
     """One migration through both commands.
@@ -137,6 +152,7 @@ class Migration:
         cut_after_s: When the link is cut, from the arrival of HELLO on, or, where it is below 0,
             before that, once there is a link; None = never.
         cuts_one: Only the newest connection that there is then, not all.
+        blows: What befalls connections that others may follow, from HELLO on.
         keeps: Where the source keeps the guest's memory, and the destination looks for some that
             it had kept; None = neither does.
         fate: What happened to that since the guest was born there.
@@ -150,6 +166,7 @@ class Migration:
     seed: int
     cut_after_s: float | None = None
     cuts_one: bool = False
+    blows: Sequence[Blow] = ()
     keeps: Path | None = None
     fate: Fate = "whole"
     arrivals: int = 0
@@ -190,6 +207,11 @@ class Migration:
             await network.connected.wait()
             for sock in network.sockets[-1:] if self.cuts_one else network.sockets:
                 sock.cut()
+        for blow in self.blows:
+            await trio.sleep(blow.pause_s)
+            await network.connected.wait()
+            for sock in network.sockets[-1:] if blow.hits_one else network.sockets:
+                sock.cut() if blow.is_silent else sock.reset()
 
     def _make_runs(self, source: Session, destination: Session) -> Runs:
         near = source_params(self.params, simulate=self.profile)

@@ -134,7 +134,7 @@ def lose_frame() -> None:
             return 0
         return await send(self, message, framed)
 
-    Link.send = losing  # type: ignore[method-assign]
+    Link.send = losing  # type: ignore[method-assign, assignment]
 
 
 def drop_batch() -> None:

@@ -13,6 +13,7 @@ from migrate.errors import GuestOn, IntegrityError, MigrationCancelledError, Mig
 from migrate.report.ledger import Ledger, PageCounts
 from migrate.report.report import (
     BalloonReport,
+    CutReport,
     DeviceReport,
     DowntimeParts,
     Prediction,
@@ -54,6 +55,7 @@ def full_report() -> Report:
     report.balloon = BalloonReport(before_bytes=1 << 30, restored_on="source")
     queue = VirtqueueReport(0, 256, 0x1000, 0x2000, 0x3000, 7, 5, 2, consistent=True)
     report.devices = [DeviceReport("virtio-net", 0, [queue])]
+    report.cuts = [CutReport(12.0, 300.0, 4096, "the connection was reset")]
     return report
 
 
@@ -63,6 +65,7 @@ def test_the_shape_is_the_one_tools_rely_on() -> None:
     added |= {"landed", "opaque_rest", "wire_bytes_back", "simulated_devices", "guest_stopped"}
     added |= {"guest_stolen_ms", "balloon", "free_page_hinting", "never_sent_pages", "command"}
     added |= {"old_copy", "checkpoint", "recovery", "streams", "local_channels"}
+    added |= {"outage_ms", "cuts"}
     assert set(report) == CONTRACT | added
     assert report["schema"] == 1
     assert list(report["pages"]) == PAGE_KEYS

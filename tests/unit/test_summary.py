@@ -106,7 +106,7 @@ def test_everything_unusual_is_told() -> None:
     report.opaque_rest = "section 'dirty-bitmap'"
     report.not_checked = ["the destination's CPU"]
     report.warnings = ["first", "second"]
-    report.reconnects = 2
+    report.reconnects, report.outage_ms, report.bytes.resent = 2, 1500.0, 4 << 20
     report.predicted = Prediction(14_000, 200)
     report.rounds[1].throttle_percent = 40
     report.balloon = BalloonReport(
@@ -121,7 +121,7 @@ def test_everything_unusual_is_told() -> None:
         "passed on    part of the stream as it was: section 'dirty-bitmap'",
         "not checked  the destination's CPU",
         "warning      first\n  warning      second",
-        "reconnects   2",
+        "reconnects   2, 1.50 s without a link, 4.00 MiB sent again",
         "predicted    total 14.0 s, downtime 200 ms",
         "balloon      1.00 GiB, then 256 MiB: 196 608 pages travel as zero",
         "free pages   5 000 never travelled: the guest hints at them",
