@@ -28,6 +28,8 @@ def destination_report(
         report.integrity = _integrity(inbound)
     if link is not None:
         received = link.received_bytes
+        if link.cuts.count:  # what came and was dropped with its epoch came again
+            session.ledger.add_bytes("resent", max(0, received - link.session.taken_bytes))
         session.ledger.add_bytes("control", max(0, received - session.ledger.wire_bytes))
         report.wire_bytes_back = link.sent_bytes
         tell_link(session, link, report)

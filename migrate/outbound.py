@@ -55,6 +55,9 @@ MAX_BURST_BYTES = 4 << 20
 """How much is read from the guest at a time: 10 ms of the present rate, within these bounds. A
 large burst saves thread hops on a fast link, and on a slow one it would be downtime."""
 
+LINK_LOOK_S = 0.02
+"""How often a lost link is looked for."""
+
 STATE_CODEC = CodecSetting("zstd", 1)
 """Codec of device state and opaque bytes."""
 
@@ -156,7 +159,21 @@ class Outbound:
                     await out.send(events)
                 if events and isinstance(events[-1], End):
                     return
+                await self._wait_link()
                 events = await self._guest.next_events(self._burst_bytes())
+
+    async def _wait_link(self) -> None:
+        """Read nothing from a guest that runs while there is no link.
+
+        Its last pages could find room here, and then it would be stopped, and stand still.
+        """
+        # Two things of others' to wait for, which have no event in common.
+        while self.sender.is_cut_off and not self._is_stopped:  # noqa: ASYNC110
+            await trio.sleep(LINK_LOOK_S)
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self.state.switchover_at_ns is not None
 
     async def _follow_switchover(self) -> None:
         await self._guest.wait_switchover()

@@ -118,7 +118,6 @@ class Reconnector:
         self._link = link
         self._connect = connect
         self._patience = patience
-        self._pause_s = 0.0
         self._greets = False
 
     async def run(self) -> None:
@@ -130,17 +129,15 @@ class Reconnector:
                 began = trio.current_time()
                 await self._link.wait_down()
                 nursery.cancel_scope.cancel()
-            if trio.current_time() - began >= LASTED_S:
-                self._pause_s = 0.0
-            await self.bring_back()
+            lasted = trio.current_time() - began >= LASTED_S
+            await self.bring_back(0.0 if lasted else FIRST_PAUSE_S)
 
-    async def bring_back(self) -> None:
-        """Try until there is a link, or the destination does not go on."""
+    async def bring_back(self, pause_s: float = 0.0) -> None:
+        """Try until there is a link, or the destination does not go on; first after a pause."""
         while self._link.is_down:
-            await trio.sleep(self._pause_s)
+            await self._pause(pause_s)
+            pause_s = min(max(2 * pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
             hurried = self._patience.hurried
-            longest_s = HURRIED_PAUSE_S if hurried else LONGEST_PAUSE_S
-            self._pause_s = min(max(2 * self._pause_s, FIRST_PAUSE_S), longest_s)
             outage = self._link.outage
             why = "no answer"
             try:
@@ -151,6 +148,15 @@ class Reconnector:
             if outage is not None:
                 outage.last_attempt = why
             await trio.lowlevel.checkpoint()
+
+    async def _pause(self, pause_s: float) -> None:
+        """Wait, but not for long from the moment on at which the guest stands still."""
+        began = trio.current_time()
+        until = began + pause_s
+        while (now := trio.current_time()) < until:
+            if self._patience.hurried:
+                until = min(until, began + HURRIED_PAUSE_S)
+            await trio.sleep_until(min(until, now + FIRST_PAUSE_S))
 
     async def _attempt(self) -> str:
         """Open a connection and go on with it; returns why not, empty if that went well."""

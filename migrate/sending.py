@@ -148,6 +148,11 @@ class Sender:
                 self.ended_ns = self._now_ns()
                 return
 
+    @property
+    def is_cut_off(self) -> bool:
+        """There is no link at the moment."""
+        return self._link.is_down
+
     async def _wait_credit(self) -> None:
         window = self._link.session.window
         credit = self.credit

@@ -94,6 +94,7 @@ class Exchange:
         sequence: What the destination received (destination only).
         control: Control messages that this end said and heard.
         epoch: How often the link was taken up again.
+        taken_bytes: Wire bytes of all frames that became messages.
         sent_bytes: Account of everything ``send`` returned, keys ``BYTE_CLASSES``; they sum to
             the bytes on the wire, all connections.
     """
@@ -115,6 +116,7 @@ class Exchange:
         self.sequence = ReceiveSequence()
         self.control = ControlLog()
         self.epoch = 0
+        self.taken_bytes = 0
         self.sent_bytes = dict.fromkeys(BYTE_CLASSES, 0)
         self._capabilities = capabilities
         self._arrived: deque[Frame | RemoteProtocolError] = deque()
@@ -316,6 +318,7 @@ class Exchange:
     def _receive(self, frame: Frame) -> Message:
         message = decode_message(frame, self.context)
         where = frame.where
+        self.taken_bytes += frame.wire_bytes
         if frame.seq:
             self.sequence.accept(frame.seq)
         elif is_counted(frame.frame_type):

@@ -133,6 +133,12 @@ async def until_true(condition: Callable[[], bool]) -> None:
         await trio.sleep(0.02)
 
 
+IMPATIENT: Final = ("--reconnect-timeout", "2s")
+"""What is killed does not come back; tests that want more say so."""
+
+IMPATIENT_SOURCE: Final = ("--stopped-timeout", "2s", "--connect-timeout", "5s")
+
+
 class Command:
     """A migrate-src or migrate-dst under way.
 
@@ -369,7 +375,7 @@ class Bench:
         folder = self.folder / f"d{self._count}"
         folder.mkdir()
         run_dir = folder / "r"
-        words = ["--listen", "127.0.0.1:0", "--run-dir", str(run_dir), *arguments]
+        words = ["--listen", "127.0.0.1:0", "--run-dir", str(run_dir), *IMPATIENT, *arguments]
         if qemu is not None:
             words += ["--", *qemu]
         process = await self._start("migrate-dst", folder, words)
@@ -391,7 +397,7 @@ class Bench:
         self._count += 1
         folder = self.folder / f"s{self._count}"
         folder.mkdir()
-        words = ["--to", f"127.0.0.1:{port}", *arguments]
+        words = ["--to", f"127.0.0.1:{port}", *IMPATIENT, *IMPATIENT_SOURCE, *arguments]
         match way:
             case None:
                 pass

@@ -50,6 +50,7 @@ class Wire:
         self.written_bytes = 0
         self.ended_ns: int | None = None
         self.stopped = False
+        self.is_down = False
 
     def watch(self, max_bandwidth_bps: int | None = None) -> StallWatch:
         return StallWatch(
