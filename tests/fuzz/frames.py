@@ -22,10 +22,10 @@ from proto.link.dispatch import (
     decode_message,
     encode_message,
 )
+from proto.link.exchange import LinkClosed
 from proto.link.frames import EndOfFrames, Frame, FrameType, encode_frame
 from proto.link.messages import CommitKind
 from proto.link.pages import PageBatch, RamShape, SlotSpace
-from proto.link.session import LinkClosed
 from proto.link.state import Direction, LinkState, Role, next_state
 from tests.fuzz.mutation import changed, damage, number, number_bytes, pieces
 from tests.fuzz.promises import says_again
