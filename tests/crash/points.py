@@ -164,8 +164,8 @@ def hook_messages(points: Points) -> None:
             points.reach(f"{name} received")
         return message
 
-    Link.send = sending  # type: ignore[method-assign]
-    Link.receive = receiving  # type: ignore[method-assign]
+    Link.send = sending  # type: ignore[method-assign, assignment]
+    Link.receive = receiving  # type: ignore[method-assign, assignment]
 
 
 def hook_life(points: Points) -> None:

@@ -17,7 +17,7 @@ from tests.crash.matrix import DESTINATION, SOURCE, SOURCE_QEMU, STEPS, Cell
 from tests.crash.run_log import RunLog
 from tests.qemu.commands import Bench, Command, Destination, free_port, until_true
 
-TIMEOUTS: Final = Timeouts(peer_s=3, qemu_s=2)
+TIMEOUTS: Final = Timeouts(peer_s=3, qemu_s=2, reconnect_s=2, stopped_s=2)
 PATIENCE: Final = ("--peer-timeout", "3s", "--qemu-timeout", "2s")
 """For all four commands: a cell with something that hangs takes seconds."""
 
@@ -29,12 +29,14 @@ LIMIT_S: Final = (
     + TIMEOUTS.running_s
     + TIMEOUTS.call_off_s
     + 2 * RESTORE_S
+    + 2 * TIMEOUTS.peer_s
+    + TIMEOUTS.reconnect_s
     + FAREWELL_S
     + 5
 )
-"""How long a command may take after a fault, by docs/faults.md: to notice it, to know that COMMIT
-is not answered, to call it off, with a QEMU at either end that is silent to the last. And what a
-busy machine adds."""
+"""How long a command may take after a fault, by docs/faults.md: to notice it, to wait for another
+link, to know that COMMIT is not answered, to call it off, with a QEMU at either end that is silent
+to the last. And what a busy machine adds."""
 
 SETTLES_S: Final = 3.0
 """A QEMU whose stream breaks lets its guest go on within moments."""
