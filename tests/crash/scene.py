@@ -21,6 +21,9 @@ TIMEOUTS: Final = Timeouts(peer_s=3, qemu_s=2, reconnect_s=2, stopped_s=2)
 PATIENCE: Final = ("--peer-timeout", "3s", "--qemu-timeout", "2s")
 """For all four commands: a cell with something that hangs takes seconds."""
 
+LINK_PATIENCE: Final = ("--reconnect-timeout", "2s")
+"""For those that migrate."""
+
 RESTORE_S: Final = 10.0
 FAREWELL_S: Final = 3.0
 
@@ -117,12 +120,13 @@ class Scene:
     @property
     def to_cable(self) -> tuple[str, ...]:
         """Options of migrate-src."""
-        return ("--to", f"{self.cable.HOST}:{self.cable.port}", *PATIENCE)
+        there = f"{self.cable.HOST}:{self.cable.port}"
+        return ("--to", there, *PATIENCE, *LINK_PATIENCE, "--stopped-timeout", "2s")
 
     @property
     def listening(self) -> tuple[str, ...]:
         """Options of migrate-dst."""
-        return ("--listen", f"127.0.0.1:{self.port}", *PATIENCE)
+        return ("--listen", f"127.0.0.1:{self.port}", *PATIENCE, *LINK_PATIENCE)
 
     @property
     def commands(self) -> dict[str, Command]:
