@@ -17,6 +17,7 @@ import numpy as np
 import trio
 
 from migrate.lab.commands import running_command
+from migrate.lab.cutting_proxy import CutPlan, cutting
 from migrate.lab.guest_vm import Guest, GuestConfig, running_guest
 from migrate.lab.qemu_binaries import QemuBinary
 from migrate.qemu import queries
@@ -25,6 +26,8 @@ from proto.guest_events import PAGE_SIZE
 
 HOLD_TEXT = "holding before commit"
 MIGRATION_S = 180.0
+FIRST_WIRE_BYTES = 10_000_000
+"""What a migration may take, before one is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ async def migrate_once(
     dump: bool,
     options: Sequence[str] = (),
     destination_options: Sequence[str] = (),
+    plan: Sequence[CutPlan] = (),
 ) -> tuple[dict[str, Any], int | None, int]:
     """Migrate with the two commands; returns report, differing pages and dump size.
 
@@ -92,6 +96,7 @@ async def migrate_once(
         dump: Hold before the commit and compare both memories.
         options: More options for migrate-src.
         destination_options: More options for migrate-dst.
+        plan: Where the link is cut.
 
     Raises:
         RuntimeError: A command failed; the text is its output.
@@ -104,12 +109,15 @@ async def migrate_once(
             running_command("migrate-dst", *listen, *destination_options)
         )
         line = await dst.wait_line("listening on")
-        address = line.split("listening on ")[1].split()[0]
+        host, _, port = line.split("listening on ")[1].split()[0].rpartition(":")
+        if plan:
+            proxy = await stack.enter_async_context(cutting(int(port), plan))
+            port = str(proxy.port)
         hold = ("--hold-before-commit",) if dump else ()
         src = await stack.enter_async_context(
             running_command(
                 "migrate-src",
-                *("--to", address, "--qmp", str(source.paths.qmp[0])),
+                *("--to", f"{host}:{port}", "--qmp", str(source.paths.qmp[0])),
                 *("--report", str(report_path), *hold, *options),
             )
         )
@@ -173,18 +181,21 @@ async def soak(
     dump: bool = True,
     options: Sequence[str] = (),
     kept: Path | None = None,
+    plan: Callable[[int, int], Sequence[CutPlan]] = lambda _, __: (),
 ) -> None:
     """Boot a guest and hand it on ``count`` times; ``on_hop`` hears of each migration.
 
     The guest runs on ``binaries`` in turn. After each arrival its heartbeat, self-check and disk
     are looked at there before it leaves again. With ``kept`` all hosts keep their old copies in
-    this one directory, so that every destination finds the guest as it was one hop ago.
+    this one directory, so that every destination finds the guest as it was one hop ago. ``plan``
+    says where the link is cut, given the number of the migration and what the last one took.
     """
     copies = () if kept is None else ("--checkpoint", str(kept), "--vm-id", "soak")
     async with trio.open_nursery() as nursery:
         here: _Stay = await nursery.start(_stay, config, binaries[0], workdir / "0", None)
         with trio.fail_after(MIGRATION_S):
             await here.guest.console.wait_ready()
+        wire_bytes = FIRST_WIRE_BYTES
         for number in range(1, count + 1):
             binary = binaries[number % len(binaries)]
             folder = workdir / str(number)
@@ -197,7 +208,9 @@ async def soak(
                     dump=dump,
                     options=(*copies, *options),
                     destination_options=copies,
+                    plan=plan(number, wire_bytes),
                 )
+            wire_bytes = report["wire_bytes"]
             here.leave.set()
             with trio.fail_after(MIGRATION_S):
                 await there.guest.console.wait_heartbeats(50)

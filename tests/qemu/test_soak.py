@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from migrate.lab.cutting_proxy import CutPlan
 from migrate.lab.guest_vm import GuestConfig, Workload, make_disk
 from migrate.lab.qemu_binaries import QemuBinary
 from migrate.lab.soak import Hop, soak
+from migrate.lab.soak_cuts import HANDOVER
 
 pytestmark = pytest.mark.qemu
 
@@ -40,3 +42,31 @@ async def test_busy_guest_goes_there_and_back_undamaged(
         queues = [q for device in hop.report["devices"] for q in device["virtqueues"]]
         assert len(queues) > 5
         assert all(queue["consistent"] for queue in queues)
+
+
+@pytest.mark.usefixtures("guest_image")
+async def test_busy_guest_passes_links_that_are_cut(
+    short_tmp: Path, qemu72: QemuBinary
+) -> None:
+    """In pre-copy, while it stands still, and in the messages of the handover."""
+    workload = Workload(
+        static_mib=24, wws_mib=8, rate_pages_per_s=2000, check_pages_per_s=20000
+    )
+    config = GuestConfig(
+        ram_kib=131080, disk=make_disk(short_tmp / "disk.img", 16), workload=workload
+    )
+    plans = (
+        [CutPlan(at_bytes=at, outage_s=0.1) for at in (2_000, 1_000_000, 3_000_001)],
+        [CutPlan(frame=frame, plus_bytes=9) for frame in HANDOVER],
+    )
+    hops: list[Hop] = []
+    await soak(
+        config, [qemu72], short_tmp, count=2, on_hop=hops.append,
+        plan=lambda number, _: plans[number - 1],
+    )  # fmt: skip
+    assert [str(hop) for hop in hops if not hop.is_good] == []
+    assert all(hop.different_pages == 0 for hop in hops)
+    assert [hop.report["reconnects"] for hop in hops] == [3, len(HANDOVER)]
+    for hop in hops:
+        resent = [cut["resent_bytes"] for cut in hop.report["cuts"]]
+        assert sum(resent) == hop.report["bytes"]["resent"]
