@@ -1,8 +1,10 @@
 """migrate-src's way to migrate-dst: a connection, past the guard, as a link."""
 
+from typing import Final
+
 import trio
 
-from migrate.errors import ConnectError
+from migrate.errors import ConnectError, PeerLostError
 from migrate.params import SourceParams
 from migrate.runtime import Runtime
 from migrate.transport.guard import Guard
@@ -11,6 +13,9 @@ from migrate.transport.socket_stream import start_stream
 from migrate.transport.stream import LinkStream
 from proto.link.session import LinkSession
 from proto.link.state import Role
+
+AGAIN_S: Final = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Before each further attempt to be admitted; somebody else who listens there ends all of them."""
 
 
 async def open_link(params: SourceParams, runtime: Runtime, guard: Guard) -> Link:
@@ -25,10 +30,20 @@ async def open_link(params: SourceParams, runtime: Runtime, guard: Guard) -> Lin
     """
     peer = peer_name(params)
     with trio.move_on_after(params.connect_timeout_s):
-        stream = await open_stream(params, runtime, guard)
+        stream = await _open_first(params, runtime, guard)
         silence_s = params.timeouts.peer_s
         return Link(stream, LinkSession(Role.SOURCE), peer, silence_s=silence_s)
     raise ConnectError(f"{peer} did not answer within {params.connect_timeout_s:.0f} s")
+
+
+async def _open_first(params: SourceParams, runtime: Runtime, guard: Guard) -> LinkStream:
+    """Open a connection; one that was cut before anything was said may have been cut by chance."""
+    for pause_s in AGAIN_S:
+        try:
+            return await open_stream(params, runtime, guard)
+        except PeerLostError:
+            await trio.sleep(pause_s)
+    return await open_stream(params, runtime, guard)
 
 
 async def open_stream(params: SourceParams, runtime: Runtime, guard: Guard) -> LinkStream:

@@ -19,6 +19,7 @@ from proto.link.messages import Message, OldCopy, Resume, RoundEnd
 from proto.link.state import Role
 from tests.engine.test_reception import CLIENT, Door, closed, link_on, opened
 from tests.link_pair import DIGEST, HELLO, TABLE, welcome
+from tests.pki import Pki, write_secret
 
 TOKEN = bytes(range(32))
 OFFER = replace(HELLO, resume_token=TOKEN, vm_id="vm")
@@ -250,3 +251,23 @@ async def test_a_proxy_without_a_plan_changes_nothing() -> None:
             assert proxy.forwarded_bytes == 300_007
             assert proxy.done == plan
         nursery.cancel_scope.cancel()
+
+
+async def test_a_cut_link_comes_back_through_tls_and_token(short_tmp: Path, pki: Pki) -> None:
+    """And is cut in the admission of its connections, too."""
+    token = write_secret(short_tmp / "token", b"0123456789abcdef" * 4)
+    tls = pki.directory(short_tmp / "tls")
+    secure = ("--tls-dir", str(tls), "--token-file", str(token))
+    places = (700, 3_000, 6_000, 400_000, 401_000, 404_000, 9_000_000)
+    plan = [CutPlan(at_bytes=at, one=at % 2 == 0) for at in places]
+    with trio.fail_after(100):
+        outcome = await migrate_simulated(
+            short_tmp,
+            plan,
+            streams=3,
+            options=(*SIMULATED_OPTIONS, *secure),
+            destination_options=secure,
+        )
+    assert outcome.faults() == []
+    assert outcome.arrived
+    assert len(outcome.made) == len(plan)
