@@ -205,6 +205,9 @@ async def _both_end(src: Command, dst: Command) -> tuple[int, int]:
         return await src.process.wait(), await dst.process.wait()
 
 
+SLOW_OPTIONS: Final = ("--max-bandwidth", "80Mbit", "--compress", "none")
+"""Most of a guest is still to come when some megabytes have passed: it is not stopped for long."""
+
 SIMULATED_OPTIONS: Final = ("--max-bandwidth", "400Mbit", "--compress", "none")
 
 

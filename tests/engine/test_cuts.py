@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from migrate.lab.cutting_proxy import CutPlan, cutting
-from migrate.lab.soak_cuts import HANDOVER, SIMULATED_OPTIONS, migrate_simulated
+from migrate.lab.soak_cuts import HANDOVER, SIMULATED_OPTIONS, SLOW_OPTIONS, migrate_simulated
 from migrate.transport.link import Link
 from migrate.transport.socket_stream import start_stream
 from proto.link.dispatch import encode_message
@@ -217,9 +217,9 @@ async def test_a_link_that_stays_away_leaves_the_guest_at_the_source(short_tmp: 
 
 
 async def test_an_outage_in_precopy_is_waited_out(short_tmp: Path) -> None:
-    plan = [CutPlan(at_bytes=5_000_000, outage_s=4)]
+    plan = [CutPlan(at_bytes=2_000_000, outage_s=4)]
     with trio.fail_after(60):
-        outcome = await migrate_simulated(short_tmp, plan, options=SIMULATED_OPTIONS)
+        outcome = await migrate_simulated(short_tmp, plan, options=SLOW_OPTIONS)
     assert outcome.arrived
     assert outcome.source["outage_ms"] >= 4000
 
