@@ -351,7 +351,7 @@ class DestinationRun:
         """Whether the source is no longer waited for, after so many seconds without a link."""
         timeouts = self._params.timeouts
         longest_s = timeouts.reconnect_s
-        return down_s > (
+        return down_s >= (
             min(timeouts.running_s, longest_s) if self._has_committed() else longest_s
         )
 

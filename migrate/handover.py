@@ -98,6 +98,7 @@ class SourceHandover:
         destination_digest: What the destination said of its RAM.
         equal: Whether RAM and device state arrived as they left; None before the comparison.
         shut_relayed: The owner of both monitors has been told to commit (``relayed``).
+        holding: A person wants the guest to stand still.
     """
 
     guest: SourceGuest
@@ -114,6 +115,7 @@ class SourceHandover:
     running: messages.Running | None = None
     destination_digest: bytes | None = None
     shut_relayed: bool = False
+    holding: bool = False
     equal: bool | None = None
     _shut: trio.Event = field(default_factory=trio.Event)
 
@@ -143,7 +145,9 @@ class SourceHandover:
         self.times.let_go_ns = self.runtime.now_ns()
         await self.link.send(messages.SourceDone())
         if self.hold is not None:
+            self.holding = True
             await self.hold()  # nobody runs; dies: ``cont`` at the source
+            self.holding = False
         await self._commit()
 
     async def _verified(self) -> None:

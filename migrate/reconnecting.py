@@ -76,21 +76,23 @@ class SourcePatience:
 
     @property
     def hurried(self) -> bool:
-        """A guest stands still meanwhile."""
-        return self.stopped_ns() is not None
+        """A guest stands still meanwhile, and nobody wants it to."""
+        holding = self._handover is not None and self._handover.holding
+        return self.stopped_ns() is not None and not holding
 
     def gives_up(self, down_s: float) -> bool:
         """Whether a link that has been down for so long is no longer waited for."""
         handover = self._handover
         if handover is not None and (handover.running is not None or handover.shut_relayed):
-            return down_s > PARTING_S
+            return down_s >= PARTING_S
         if self._session.welcome is None:
-            return down_s > self._connect_s
+            return down_s >= self._connect_s
         stopped_ns = self.stopped_ns()
-        if stopped_ns is None or (handover is not None and handover.commit_sent):
-            return down_s > self._timeouts.reconnect_s
+        patient = handover is not None and (handover.commit_sent or handover.holding)
+        if stopped_ns is None or patient:
+            return down_s >= self._timeouts.reconnect_s
         stood_s = (self._now_ns() - stopped_ns) / 1e9
-        return min(down_s, stood_s) > self._stopped_s
+        return min(down_s, stood_s) >= self._stopped_s
 
     def silence_s(self) -> float:
         """How long a connection may say nothing: less where a guest waits for it."""

@@ -141,12 +141,16 @@ async def compare_memory(source: Guest, destination: Guest, workdir: Path) -> tu
         for guest, path in zip((source, destination), paths, strict=True):
             async with open_qmp(guest.paths.qmp[1]) as client:
                 await queries.pmemsave(client, address=0, size_bytes=size_bytes, path=path)
-        images = [np.memmap(path, np.uint8, "r").reshape(-1, PAGE_SIZE) for path in paths]
-        different = int((images[0] != images[1]).any(axis=1).sum())
+        different = await trio.to_thread.run_sync(_different_pages, paths[0], paths[1])
         return different, paths[0].stat().st_size
     finally:
         for path in paths:
             path.unlink(missing_ok=True)
+
+
+def _different_pages(one: Path, other: Path) -> int:
+    images = [np.memmap(path, np.uint8, "r").reshape(-1, PAGE_SIZE) for path in (one, other)]
+    return int((images[0] != images[1]).any(axis=1).sum())
 
 
 @dataclass(slots=True)
@@ -212,21 +216,26 @@ async def soak(
                 )
             wire_bytes = report["wire_bytes"]
             here.leave.set()
-            with trio.fail_after(MIGRATION_S):
-                await there.guest.console.wait_heartbeats(50)
-                check = await there.guest.console.wait_full_check()
-            console = there.guest.console
-            on_hop(
-                Hop(
-                    source_version=here.guest.binary.short_version,
-                    destination_version=binary.short_version,
-                    report=report,
-                    different_pages=different,
-                    dumped_bytes=size,
-                    heartbeats=len(console.heartbeats),
-                    bad_pages=len(console.bad) + check.bad_pages,
-                    disk_bad=console.disk.bad if console.disk is not None else 0,
-                )
-            )
+            on_hop(await _arrived(here.guest, there.guest, report, different, size))
             here = there
         here.leave.set()
+
+
+async def _arrived(
+    left: Guest, guest: Guest, report: dict[str, Any], different: int | None, size: int
+) -> Hop:
+    """Look at a guest at its new place."""
+    console = guest.console
+    with trio.fail_after(MIGRATION_S):
+        await console.wait_heartbeats(50)
+        check = await console.wait_full_check()
+    return Hop(
+        source_version=left.binary.short_version,
+        destination_version=guest.binary.short_version,
+        report=report,
+        different_pages=different,
+        dumped_bytes=size,
+        heartbeats=len(console.heartbeats),
+        bad_pages=len(console.bad) + check.bad_pages,
+        disk_bad=console.disk.bad if console.disk is not None else 0,
+    )

@@ -51,10 +51,12 @@ class Outage:
 
     Attributes:
         began_s: When the link was last known to work, on trio's clock.
+        noticed_s: When it was noticed that it does not.
         cause: How it was noticed, in words.
         last_attempt: Why the latest attempt to end it failed; empty if there was none.
     """
 
     began_s: float
+    noticed_s: float
     cause: str
     last_attempt: str = ""

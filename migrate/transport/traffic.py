@@ -392,7 +392,8 @@ class Traffic:
             (self._set.last_heard(number, now) for number in self._streams), default=now
         )
         self._mourned.clear()
-        self.outage = Outage(heard if now - heard >= self.silence_s() else now, cause)
+        began = heard if now - heard >= self.silence_s() else now
+        self.outage = Outage(began, now, cause)
         self._set.end_all()
         self.tell(f"{cause}; waiting for another connection")
         self._news.ring()
@@ -401,7 +402,7 @@ class Traffic:
         while self.outage is not None:
             if self._over is not None:
                 raise self._over
-            down_s = trio.current_time() - outage.began_s
+            down_s = trio.current_time() - outage.noticed_s
             if self.gives_up is None or self.gives_up(down_s):
                 why = f" ({outage.last_attempt})" if outage.last_attempt else ""
                 self.end(
