@@ -204,7 +204,7 @@ class SourceRun:
                 await known.wait()
             abort = messages.Abort(error.code, clip_text(str(error)), error.guest_on.value)
             with trio.move_on_after(FAREWELL_S):
-                if self._link.session.resumable and isinstance(error, PeerLostError):
+                if self._link.session.resumable and not isinstance(error, PeerRefusedError):
                     await self._reconnector.bring_back()  # if it is down
                 await self._link.farewell(abort)
 
