@@ -59,8 +59,8 @@ class Backlog(Generic[T]):
             items.append(await self.get())
         return items
 
-    def raise_limit(self, limit_bytes: int) -> None:
-        """Allow more from now on."""
+    def set_limit(self, limit_bytes: int) -> None:
+        """Change the limit; what is inside stays."""
         self.limit_bytes = limit_bytes
         self._lot.unpark_all()
 

@@ -183,7 +183,7 @@ class Outbound:
         """From here on the guest waits, and so the source QEMU must not."""
         if self.state.switchover_at_ns is None:
             self.state.switchover_at_ns = self._runtime.now_ns()
-            self.sender.backlog.raise_limit(STOPPED_BACKLOG_BYTES)
+            self.sender.backlog.set_limit(STOPPED_BACKLOG_BYTES)
 
     def _burst_bytes(self) -> int:
         estimate = self.sender.consumed_estimate()
@@ -313,7 +313,7 @@ class Outbound:
         if event.kind in (OpaqueKind.REST, OpaqueKind.REST_IN_RAM) and event.reason:
             self.state.opaque_rest = event.reason
             # no switchover can be seen in what is not understood: never stop reading for long
-            self.sender.backlog.raise_limit(STOPPED_BACKLOG_BYTES // 4)
+            self.sender.backlog.set_limit(STOPPED_BACKLOG_BYTES // 4)
         self._opaque_hash.update(event.data)
         reason = event.reason
         for start in range(0, max(1, len(event.data)), OPAQUE_PIECE_BYTES):

@@ -24,6 +24,11 @@ from proto.link.pages import PageBatch, bytes_by_class
 RUNNING_BACKLOG_BYTES = 3 * 2**20
 """Raw bytes that may wait for the link while the guest runs: what the encoders hold."""
 
+MAX_RUNNING_BACKLOG_BYTES = 8 * 2**20
+RUNNING_BACKLOG_S = 0.02
+"""On a fast link what waits may be as much as passes in this time: less runs empty when a busy
+host gives one of our threads its processor late."""
+
 STOPPED_BACKLOG_BYTES = 64 * 2**20
 """The same once the guest is stopped; the link drains it, the source QEMU never waits for us."""
 
@@ -305,3 +310,9 @@ class Sender:
                 self._fitted_ns = now_ns
                 if estimate := self.carried.estimate(now_ns):
                     self._link.allow_unsent(estimate.wire_bps)
+                    self._fit_backlog(estimate.raw_bps)
+
+    def _fit_backlog(self, raw_bps: float) -> None:
+        if self.backlog.limit_bytes <= MAX_RUNNING_BACKLOG_BYTES:  # the guest runs
+            wanted = max(int(raw_bps * RUNNING_BACKLOG_S), RUNNING_BACKLOG_BYTES)
+            self.backlog.set_limit(min(wanted, MAX_RUNNING_BACKLOG_BYTES))

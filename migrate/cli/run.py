@@ -6,7 +6,7 @@ from typing import Protocol
 import trio
 
 from migrate.errors import MigrationError, exhausted
-from migrate.memory import keep_freed_memory
+from migrate.memory import keep_freed_memory, share_interpreter
 from migrate.report.report import Report
 from migrate.session import Session
 
@@ -33,6 +33,7 @@ def run_command(run: Run, session: Session) -> int:
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     keep_freed_memory()
+    share_interpreter()
     try:
         report, error = trio.run(_with_signals, run, session)
     except (MemoryError, OSError) as failure:  # before anything was begun

@@ -26,7 +26,7 @@ from typing import Any, Final
 from migrate.errors import ParamsError
 from migrate.lab.compare_table import Table, machine_lines
 from migrate.lab.virtual import VirtualParams, run_virtual
-from migrate.memory import keep_freed_memory
+from migrate.memory import keep_freed_memory, share_interpreter
 from migrate.report.report import report_json
 from migrate.simulation.profile import load_profile
 from migrate.transport.memory_link import MemoryLinkParams
@@ -362,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     keep_freed_memory()
+    share_interpreter()
     if options.print_digests:
         seeds = map(int, options.print_digests.split(","))
         json.dump([digest_of(options.profiles, seed) for seed in seeds], sys.stdout)

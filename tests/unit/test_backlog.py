@@ -79,7 +79,7 @@ async def test_a_raised_limit_lets_a_waiting_put_go_on() -> None:
         nursery.start_soon(backlog.put, 2, 10)
         await trio.testing.wait_all_tasks_blocked()
         assert backlog.bytes_waiting == 10
-        backlog.raise_limit(11)
+        backlog.set_limit(11)
     assert backlog.bytes_waiting == 20
 
 
