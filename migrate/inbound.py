@@ -13,8 +13,8 @@ import trio
 import xxhash
 
 from migrate.backlog import Backlog
-from migrate.errors import HostExhaustedError, PeerProtocolError
-from migrate.guests.base import DestinationGuest
+from migrate.errors import HostExhaustedError, LandingError, PeerProtocolError
+from migrate.guests.base import EXIT_GRACE_S, DestinationGuest
 from migrate.pages.apply import PageApplier
 from migrate.pages.old_copy import Slots
 from migrate.report.ledger import Ledger
@@ -174,10 +174,24 @@ class Inbound:
         async with out:
             while self.state.end is None:
                 burst = await self._queue.get_burst(MAX_BURST_BYTES)
-                decoded, _ = await self._runtime.work(
-                    Step.DECODE, _decode_costs(burst), self._decode_burst, burst
-                )
+                decoded = await self._decode_beside(burst)
                 await out.send(decoded)
+
+    async def _decode_beside(self, burst: list[tuple[int, Message]]) -> list[Decoded]:
+        unreachable: LandingError | None = None
+        decoded: list[Decoded] = []
+        try:
+            decoded, _ = await self._runtime.work(
+                Step.DECODE, _decode_costs(burst), self._decode_burst, burst
+            )
+        except LandingError as error:
+            unreachable = error
+        if unreachable is not None:
+            # Memory is seen to be gone before the process that it belonged to is.
+            with trio.move_on_after(EXIT_GRACE_S):
+                await self._guest.watch()
+            raise unreachable
+        return decoded
 
     def _decode_burst(self, burst: list[tuple[int, Message]]) -> list[Decoded]:
         """Decode what has queued up, in order; runs in a thread, one burst at a time."""

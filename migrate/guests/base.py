@@ -22,6 +22,10 @@ from proto.guest_events import GuestEvent, RamBlocks
 from proto.qemu.physical import PhysicalMap
 from proto.virtqueue import VirtioDeviceState
 
+EXIT_GRACE_S = 1.0
+"""A QEMU that cannot load closes its stream some milliseconds before it exits, and the memory of
+one that was killed is gone before its parent knows."""
+
 
 @dataclass(frozen=True, slots=True)
 class GuestProgress:

@@ -24,7 +24,7 @@ from migrate.errors import (
     QmpCommandError,
     QmpInterruptedError,
 )
-from migrate.guests.base import Facts, QemuPlace
+from migrate.guests.base import EXIT_GRACE_S, Facts, QemuPlace
 from migrate.pages.landed import LandedBlock
 from migrate.params import UnixAddress
 from migrate.qemu import preflight, queries, virtio_queries
@@ -52,9 +52,6 @@ STEP_S = DEFAULTS.qemu_s
 from ``cont`` to the RESUME event (activating disks is the slow part)."""
 
 DISCARD_S = 10.0
-
-EXIT_GRACE_S = 1.0
-"""A QEMU that cannot load closes its stream some milliseconds before it exits."""
 
 CAPABILITIES_ON = ("late-block-activate", "events")
 CAPABILITIES_OFF = ("multifd", "postcopy-ram", "x-colo", "mapped-ram", "switchover-ack")

@@ -437,7 +437,8 @@ async def test_a_peer_that_hangs_is_no_reason_not_to_know_where_the_guest_is(
         src = await bench.start_source(source, dst.port, *PHASES["pre-copy"], *patience)
         await source.wait_round(2)
         dst.process.send_signal(signal.SIGSTOP)
-        assert await src.wait() == 11, src.text
+        # The link is lost, or, if the guest was stopped just then, nobody verifies in time.
+        assert await src.wait() in {11, 31}, src.text
         assert src.guest_on == "source"
         assert src.state_files == []
         assert await source.runs()
