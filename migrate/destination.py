@@ -335,9 +335,8 @@ class DestinationRun:
                 await link.try_send(messages.Bye())
                 await self._source_left.wait()
             await guest.keep()
-            if (
-                link.is_down
-            ):  # the source may not know it yet; if it does not come back, this ends
+            if link.is_down:
+                # The source may not know it yet; if it does not come back, this ends.
                 await self._source_left.wait()
             if self._source_said_bye and self._state_file is not None:
                 self._state_file.remove()

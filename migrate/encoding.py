@@ -166,7 +166,6 @@ class PageEncoder:
         costs = ((cost, rows.nbytes),)
         self._occupancy.begin(self._runtime.now_ns())
         try:
-            encoded, _ = await self._runtime.work(Step.ENCODE, costs, encode_rows, rows, codec)
+            return await self._runtime.work(Step.ENCODE, costs, encode_rows, rows, codec)
         finally:
             self._occupancy.end(self._runtime.now_ns())
-        return encoded

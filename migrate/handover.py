@@ -146,8 +146,10 @@ class SourceHandover:
         await self.link.send(messages.SourceDone())
         if self.hold is not None:
             self.holding = True
-            await self.hold()  # nobody runs; dies: ``cont`` at the source
-            self.holding = False
+            try:
+                await self.hold()  # nobody runs; dies: ``cont`` at the source
+            finally:
+                self.holding = False
         await self._commit()
 
     async def _verified(self) -> None:

@@ -181,7 +181,7 @@ class Inbound:
         unreachable: LandingError | None = None
         decoded: list[Decoded] = []
         try:
-            decoded, _ = await self._runtime.work(
+            decoded = await self._runtime.work(
                 Step.DECODE, _decode_costs(burst), self._decode_burst, burst
             )
         except LandingError as error:

@@ -1,4 +1,4 @@
-"""How this process keeps memory and shares its interpreter: a thousand batches a second.
+"""How this process keeps memory: batches are allocated and freed a thousand times a second.
 
 glibc gives freed megabytes back to the kernel at once, and fetches them again, page fault by page
 fault, for the next batch. Kept in the process they cost nothing.
@@ -6,7 +6,6 @@ fault, for the next batch. Kept in the process they cost nothing.
 
 import ctypes
 import gc
-import sys
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -17,20 +16,6 @@ KEPT_BYTES = 96 * 2**20
 
 LARGEST_HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc's own maximum: larger blocks (page caches) stay mappings of their own."""
-
-
-SWITCH_INTERVAL_S = 0.0005
-"""How long a thread keeps the interpreter from the others: a tenth of Python's own. A thread that
-comes back from the kernel or a codec with a batch waits for it up to so long."""
-
-
-def share_interpreter() -> None:
-    """Have threads that carry pages wait less for each other.
-
-    Half random guest over an unshaped link, 5 interleaved runs on busy processors: 1.18 s (0.89 to
-    1.53) before, 0.99 s (0.79 to 1.29) after.
-    """
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 def keep_freed_memory() -> None:

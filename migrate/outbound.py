@@ -197,7 +197,7 @@ class Outbound:
     ) -> None:
         async with read:
             async for events in read:
-                classified, _ = await self._runtime.work(
+                classified = await self._runtime.work(
                     Step.CLASSIFY, _classify_costs(events), self._classify, events
                 )
                 while self._warnings:
@@ -337,7 +337,7 @@ class Outbound:
             return data, CodecId.RAW
         codec = make_codec(CodecId.ZSTD, STATE_CODEC.level)
         costs = ((str(STATE_CODEC), len(data)),)
-        encoded, _ = await self._runtime.work(Step.ENCODE, costs, codec.encode, data)
+        encoded = await self._runtime.work(Step.ENCODE, costs, codec.encode, data)
         return (data, CodecId.RAW) if encoded is None else (encoded, CodecId.ZSTD)
 
     def _end_of_state(self, run_state: str | None) -> messages.EndOfState:

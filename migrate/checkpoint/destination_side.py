@@ -132,7 +132,7 @@ class DestinationCopies:
         runtime = self._session.runtime
         with trio.move_on_after(OPEN_S) as opening:
             try:
-                self._reader, _ = await runtime.work(
+                self._reader = await runtime.work(
                     Step.CHECKPOINT, (), _open, self._store, vm_id, hello.digest_seed
                 )
             except (OSError, MessageError) as error:
@@ -185,7 +185,7 @@ class DestinationCopies:
         async with out:
             try:
                 while not reader.exhausted:
-                    digests, _ = await runtime.work(
+                    digests = await runtime.work(
                         Step.CHECKPOINT, costs, reader.read_digests, PIECE_PAGES
                     )
                     await out.send((digests, reader.exhausted))

@@ -6,8 +6,9 @@ from typing import Protocol
 import trio
 
 from migrate.errors import MigrationError, exhausted
-from migrate.memory import keep_freed_memory, share_interpreter
+from migrate.memory import keep_freed_memory
 from migrate.report.report import Report
+from migrate.runtime import share_interpreter
 from migrate.session import Session
 
 FORCED_EXIT = 130

@@ -240,10 +240,10 @@ class CodecChoice:
 
     def _learn_link(self, link: LinkEstimate) -> None:
         if link.saturated:
-            if self._link_bps is None:
-                self._link_bps = link.wire_bps
-                self._current = self._strongest()
+            is_first = self._link_bps is None
             self._link_bps = link.wire_bps
+            if is_first:
+                self._current = self._strongest()
         elif self._link_bps is not None:
             self._link_bps = max(self._link_bps, link.wire_bps)
 

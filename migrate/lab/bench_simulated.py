@@ -26,8 +26,9 @@ from typing import Any, Final
 from migrate.errors import ParamsError
 from migrate.lab.compare_table import Table, machine_lines
 from migrate.lab.virtual import VirtualParams, run_virtual
-from migrate.memory import keep_freed_memory, share_interpreter
+from migrate.memory import keep_freed_memory
 from migrate.report.report import report_json
+from migrate.runtime import share_interpreter
 from migrate.simulation.profile import load_profile
 from migrate.transport.memory_link import MemoryLinkParams
 from migrate.units import KIB, MIB

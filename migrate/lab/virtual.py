@@ -209,7 +209,6 @@ class VirtualRuntime:
         seed: int,
         *,
         model: CostModel | None = None,
-        processors: int = 4,
     ) -> None:
         """Set the host up.
 
@@ -218,9 +217,7 @@ class VirtualRuntime:
             network: How it is connected.
             seed: Of its random numbers.
             model: What work costs.
-            processors: How many the engine is told of.
         """
-        self.processors = processors
         self.real_time = False
         self.state_files: list[VirtualStateFile] = []
         self._network = network
@@ -242,7 +239,7 @@ class VirtualRuntime:
 
     async def work(
         self, step: Step, costs: Costs, function: Callable[[*Ts], T], *args: *Ts
-    ) -> tuple[T, int]:
+    ) -> T:
         """Done by the time that the model says.
 
         Encoders change nothing but what they return, so a processor that is free may do their work
@@ -253,10 +250,10 @@ class VirtualRuntime:
             if step is Step.ENCODE:
                 work = _encoders().submit(function, *args)
                 await trio.sleep(cost_ns / NS_PER_S)
-                return work.result(), cost_ns
+                return work.result()
             result = function(*args)
             await trio.sleep(cost_ns / NS_PER_S)
-        return result, cost_ns
+        return result
 
     def private_dir(self, parent: Path) -> AbstractContextManager[Path]:
         """A path and nothing there."""
@@ -302,7 +299,6 @@ class VirtualParams:
         cache_bytes: RAM for the page cache, on each side.
         run_for_s: Seconds that the guest is watched at the destination.
         model: What processor work costs.
-        processors: Of each host.
         streams: Connections of the link.
         timeouts: How long is too long.
     """
@@ -313,7 +309,6 @@ class VirtualParams:
     cache_bytes: int = DEFAULT_CACHE_BYTES
     run_for_s: float = 1.0
     model: CostModel = field(default_factory=CostModel)
-    processors: int = 4
     streams: int = 1
     timeouts: Timeouts = DEFAULTS
 
@@ -352,7 +347,6 @@ def run_virtual(
             VirtualNetwork(link),
             seed,
             model=params.model,
-            processors=params.processors,
         )
 
     with _collected():
@@ -397,7 +391,6 @@ async def migrate_virtually(
     seed: int,
     *,
     model: CostModel | None = None,
-    processors: int = 4,
 ) -> tuple[Report, Report]:
     """Run both commands against each other, in a trio run that somebody else started.
 
@@ -407,10 +400,7 @@ async def migrate_virtually(
     Returns:
         The source's and the destination's report; they say what went wrong.
     """
-    runtimes = [
-        VirtualRuntime(role, network, seed, model=model, processors=processors)
-        for role in ROLES
-    ]
+    runtimes = [VirtualRuntime(role, network, seed, model=model) for role in ROLES]
     sessions = [
         Session(role, OutputParams(quiet=True), runtime, watched=False)
         for role, runtime in zip(ROLES, runtimes, strict=True)

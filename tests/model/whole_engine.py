@@ -63,7 +63,6 @@ parameters: Final = st.builds(
     ),
     cache_bytes=st.sampled_from([0, 64 << 10, 64 * MIB]),
     run_for_s=st.sampled_from([0.0, 0.02]),
-    processors=st.sampled_from([1, 4]),
     streams=st.integers(1, 4),
 )
 LONGEST_S: Final = 120.0
@@ -195,7 +194,6 @@ class Migration:
                 network,
                 self.seed,
                 model=self.params.model,
-                processors=self.params.processors,
             )
             nursery.cancel_scope.cancel()
         return reports

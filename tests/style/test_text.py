@@ -45,7 +45,7 @@ def test_no_file_contains(what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "line"),
     [
-        ("a path of one machine", "see /work/x"),
+        ("a path of one machine", "see /srv/x"),
         ("a path of one machine", "cache in /root/.cache"),
         (
             "a package index or archive",

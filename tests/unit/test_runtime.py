@@ -1,7 +1,6 @@
 """Where the engine runs: the host itself, and the modelled host of virtual runs."""
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -27,23 +26,10 @@ def virtual_runtime(role: str = "source", seed: int = 1) -> VirtualRuntime:
     return VirtualRuntime(role, VirtualNetwork(MemoryLinkParams()), seed)
 
 
-async def test_real_work_is_done_in_a_thread_and_says_what_it_cost() -> None:
-    def burn(n: int) -> tuple[int, threading.Thread]:
-        deadline_ns = time.thread_time_ns() + n
-        while time.thread_time_ns() < deadline_ns:
-            pass
-        return n, threading.current_thread()
-
+async def test_real_work_is_done_in_a_thread() -> None:
     runtime: Runtime = RealRuntime()
-    (result, thread), cost_ns = await runtime.work(Step.ENCODE, (), burn, 2_000_000)
-    assert result == 2_000_000
+    thread = await runtime.work(Step.ENCODE, (), threading.current_thread)
     assert thread is not threading.current_thread()
-    assert 2_000_000 <= cost_ns < 2_000_000_000
-
-
-async def test_waiting_is_no_processor_time() -> None:
-    _, cost_ns = await RealRuntime().work(Step.DECODE, (), time.sleep, 0.05)
-    assert cost_ns < 40_000_000
 
 
 @pytest.mark.parametrize(("step", "most"), [(Step.CLASSIFY, 1), (Step.ENCODE, ENCODE_THREADS)])
@@ -76,9 +62,8 @@ async def test_error_of_the_work_is_the_callers() -> None:
 async def test_virtual_work_takes_the_models_time(autojump_clock: MockClock) -> None:
     runtime = virtual_runtime()
     before_ns = runtime.now_ns()
-    result, cost_ns = await runtime.work(Step.ENCODE, (("zstd:1", MIB),), len, b"abc")
-    assert result == 3
-    assert cost_ns == CostModel().cost_ns(Step.ENCODE, (("zstd:1", MIB),))
+    assert await runtime.work(Step.ENCODE, (("zstd:1", MIB),), len, b"abc") == 3
+    cost_ns = CostModel().cost_ns(Step.ENCODE, (("zstd:1", MIB),))
     assert runtime.now_ns() - before_ns == cost_ns
 
 
