@@ -143,6 +143,7 @@ class SourceHandover:
             return
         await self.guest.let_go()  # nobody runs; dies: ``cont`` at the source
         self.times.let_go_ns = self.runtime.now_ns()
+        # nobody runs, and nobody waits long for a lost link; dies: ``cont`` at the source
         await self.link.send(messages.SourceDone())
         if self.hold is not None:
             self.holding = True
@@ -204,7 +205,8 @@ class SourceHandover:
 
     async def _commit(self) -> None:
         """The point of no return. Nobody runs before and after the record is written."""
-        await self.link.flush()  # what cannot carry SOURCE_DONE would not carry COMMIT
+        # What cannot carry SOURCE_DONE would not carry COMMIT. Dies: ``cont`` at the source.
+        await self.link.flush()
         await trio.lowlevel.checkpoint()  # called off by now? then not a step further
         with trio.CancelScope(shield=True), trio.move_on_after(self.timeouts.running_s):
             # dies before the rename: the source may ``cont``; after it: unknown
