@@ -17,6 +17,7 @@ from hypothesis import settings
 from migrate.errors import GuestError
 from migrate.lab import guest_image as lab_image
 from migrate.lab.guest_image import GuestImage
+from migrate.lab.leaks import processes_with
 from migrate.lab.qemu_binaries import QemuBinary, find_10_0, find_installed
 from tests.pki import Pki
 
@@ -121,7 +122,7 @@ def _leaves_nothing_behind(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     yield
     deadline = time.monotonic() + GRACE_S
-    while (left := _processes_with(mark)) and time.monotonic() < deadline:
+    while (left := processes_with(TEST_VARIABLE, mark)) and time.monotonic() < deadline:
         time.sleep(0.02)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
@@ -132,20 +133,6 @@ def _leaves_nothing_behind(
     ]
     if left or sockets:
         pytest.fail(f"left behind: processes {left}, sockets {sockets}", pytrace=False)
-
-
-def _processes_with(mark: str) -> dict[int, str]:
-    """Find processes that were started with this mark: id and command line."""
-    wanted = f"{TEST_VARIABLE}={mark}".encode()
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
-                found[int(folder.name)] = command.decode(errors="replace")[:200]
-        except OSError:  # it ended meanwhile, or is not ours to read
-            continue
-    return found
 
 
 def _results_of(item: pytest.Item) -> Path:

@@ -8,6 +8,7 @@ every cut was shorter than the time-outs it must have arrived.
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,14 @@ from typing import Any, Final
 
 import trio
 
-from migrate.lab.commands import Command, running_command
+from migrate.lab.commands import (
+    MigrationFailedError,
+    both_end,
+    failures,
+    listening_port,
+    running_command,
+    said,
+)
 from migrate.lab.cutting_proxy import CutPlan, How, cutting
 from proto.limits import MAX_AHEAD_BYTES, MAX_CONTROL_BYTES
 from proto.link.frames import FrameType
@@ -68,6 +76,7 @@ class Outcome:
         destination: migrate-dst's.
         wire_bytes: What passed the proxy.
         took_s: All of it.
+        said: What both commands said last.
     """
 
     plan: Sequence[CutPlan]
@@ -77,6 +86,7 @@ class Outcome:
     destination: dict[str, Any]
     wire_bytes: int
     took_s: float
+    said: str
 
     @property
     def arrived(self) -> bool:
@@ -170,10 +180,11 @@ async def migrate_simulated(
     destination_options: Sequence[str] = (),
     profile: str = PROFILE,
 ) -> Outcome:
-    """Migrate a simulated guest with both commands, cut by plan; never raises for how it ends.
+    """Migrate a simulated guest with both commands, cut by plan, however it ends.
 
     Raises:
-        trio.TooSlowError: A command did not end.
+        ExceptionGroup: Of ``MigrationFailedError``: a command did not end.
+        MigrationFailedError: One left no report.
     """
     path = folder / "profile.toml"
     path.write_text(profile)
@@ -182,27 +193,34 @@ async def migrate_simulated(
     began = trio.current_time()
     async with running_command("migrate-dst", *listen, *told) as dst:
         with trio.fail_after(LONGEST_S):
-            line = await dst.wait_line("listening on 127.0.0.1:")
-        port = int(line.split(":")[1].split()[0])
+            port = await listening_port(dst)
         async with cutting(port, plan) as proxy:
             way = ("--to", f"127.0.0.1:{proxy.port}", "--simulate", str(path))
             more = ("--streams", str(streams), *_files(folder, "src"), *options)
             async with running_command("migrate-src", *way, *more) as src:
-                codes = await _both_end(src, dst)
-    source, destination = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("src", "dst")
-    )
+                codes = await both_end(src, dst, LONGEST_S)
+    try:
+        source, destination = (
+            json.loads((folder / f"{name}.json").read_text()) for name in ("src", "dst")
+        )
+    except FileNotFoundError as error:
+        raise MigrationFailedError(f"{error}, exit codes {codes}\n{said(src, dst)}") from error
     took_s = trio.current_time() - began
-    return Outcome(plan, proxy.done, codes, source, destination, proxy.forwarded_bytes, took_s)
+    return Outcome(
+        plan,
+        proxy.done,
+        codes,
+        source,
+        destination,
+        proxy.forwarded_bytes,
+        took_s,
+        said(src, dst),
+    )
 
 
 def _files(folder: Path, name: str) -> tuple[str, ...]:
-    return ("--state-dir", str(folder), "--report", str(folder / f"{name}.json"))
-
-
-async def _both_end(src: Command, dst: Command) -> tuple[int, int]:
-    with trio.fail_after(LONGEST_S):
-        return await src.process.wait(), await dst.process.wait()
+    told = ("--report", str(folder / f"{name}.json"), "--trace", str(folder / f"{name}.jsonl"))
+    return ("--state-dir", str(folder), *told)
 
 
 SLOW_OPTIONS: Final = ("--max-bandwidth", "80Mbit", "--compress", "none")
@@ -211,38 +229,72 @@ SLOW_OPTIONS: Final = ("--max-bandwidth", "80Mbit", "--compress", "none")
 SIMULATED_OPTIONS: Final = ("--max-bandwidth", "400Mbit", "--compress", "none")
 
 
+WAITS: Final = ("--reconnect-timeout", "15s")
+"""Longer than any outage; a destination whose last message was cut waits as long at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A migration of which a command hung, or died without a word; takes ``Outcome``'s place.
+
+    Attributes:
+        plan: The cuts that were wanted.
+        said: Why, and what both commands said last.
+    """
+
+    plan: Sequence[CutPlan]
+    said: str
+
+    def faults(self) -> list[str]:
+        """What is wrong with it."""
+        return ["is nobody knows where: a command hung or left no report"]
+
+    def __str__(self) -> str:
+        return "failed"
+
+
 async def soak_cuts(
-    folder: Path, *, count: int, seed: int, on_end: Callable[[int, Outcome], None]
+    folder: Path,
+    *,
+    numbers: Sequence[int],
+    seed: int,
+    on_end: Callable[[int, Outcome | Failure, Path], None],
 ) -> None:
-    """Migrate a simulated guest ``count`` times, each with a plan of its own.
+    """Migrate a simulated guest again and again, each time with a plan of its own.
 
     Args:
-        folder: For profiles, records and reports.
-        count: Migrations.
+        folder: For profiles, records, reports and traces.
+        numbers: Of the migrations; with the seed they say the plan.
         seed: Of all plans.
-        on_end: Told of each.
+        on_end: Told of each: number, what became of it, and its folder, which goes then.
+
+    Raises:
+        RuntimeError: Not even one without cuts works.
     """
-    whole = await _numbered(folder, 0, [], 1)
-    if not whole.arrived or whole.wire_bytes < LEAST_BYTES:
-        raise RuntimeError(f"a migration without cuts fails: {whole}")
-    for number in range(1, count + 1):
+    whole = await _migrate(folder / "0", [], 1)
+    if isinstance(whole, Failure) or not whole.arrived or whole.wire_bytes < LEAST_BYTES:
+        raise RuntimeError(f"a migration without cuts fails: {whole}\n{whole.said}")
+    for number in numbers:
         chance = random.Random(f"cuts {seed} {number}")
         streams = chance.choice((1, 3))
         long = number % 10 == 0
         plan = random_plan(chance, whole.wire_bytes, streams, long=long)
-        on_end(number, await _numbered(folder, number, plan, streams))
+        own = folder / str(number)
+        on_end(number, await _migrate(own, plan, streams), own)
+        shutil.rmtree(own)
 
 
-async def _numbered(
-    folder: Path, number: int, plan: Sequence[CutPlan], streams: int
-) -> Outcome:
-    own = folder / str(number)
-    own.mkdir(mode=0o700)
-    waits = ("--reconnect-timeout", "30s")
-    return await migrate_simulated(
-        own,
-        plan,
-        streams=streams,
-        options=(*SIMULATED_OPTIONS, *waits),
-        destination_options=waits,
-    )
+async def _migrate(folder: Path, plan: Sequence[CutPlan], streams: int) -> Outcome | Failure:
+    folder.mkdir(mode=0o700)
+    why = ""
+    try:
+        return await migrate_simulated(
+            folder,
+            plan,
+            streams=streams,
+            options=(*SIMULATED_OPTIONS, *WAITS),
+            destination_options=WAITS,
+        )
+    except* MigrationFailedError as group:
+        why = failures(group)
+    return Failure(plan, why)

@@ -3,22 +3,31 @@
 Hosts keep old copies, so that most of it is taken from those.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from migrate.lab.cutting_proxy import CutPlan
 from migrate.lab.guest_vm import GuestConfig, Workload, make_disk
+from migrate.lab.leaks import LeakWatch
 from migrate.lab.qemu_binaries import QemuBinary
-from migrate.lab.soak import Hop, soak
+from migrate.lab.soak import Hop, Soak
 from migrate.lab.soak_cuts import HANDOVER
 
 pytestmark = pytest.mark.qemu
 
 
+def fail(number: int, plan: Sequence[CutPlan], why: str) -> None:
+    pytest.fail(f"{number}: {'; '.join(map(str, plan))}\n{why}")
+
+
 @pytest.mark.usefixtures("guest_image")
 async def test_busy_guest_goes_there_and_back_undamaged(
-    short_tmp: Path, qemu72: QemuBinary, qemu10: QemuBinary
+    short_tmp: Path,
+    qemu72: QemuBinary,
+    qemu10: QemuBinary,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     workload = Workload(
         static_mib=24, wws_mib=8, rate_pages_per_s=2000, check_pages_per_s=20000
@@ -27,7 +36,14 @@ async def test_busy_guest_goes_there_and_back_undamaged(
     config = GuestConfig(ram_kib=131080, disk=disk, workload=workload)
     hops: list[Hop] = []
     kept = short_tmp / "kept"
-    await soak(config, [qemu72, qemu10], short_tmp, count=3, on_hop=hops.append, kept=kept)
+    watch = LeakWatch(short_tmp, kept)
+    for name, folder in watch.environment.items():
+        monkeypatch.setenv(name, folder)
+    run = Soak(
+        config, [qemu72, qemu10], short_tmp, kept=kept, watch=watch,
+        on_hop=lambda _, hop: hops.append(hop), on_failure=fail,
+    )  # fmt: skip
+    await run.run(3)
     assert [str(hop) for hop in hops if not hop.is_good] == []
     assert [hop.destination_version for hop in hops] == ["10.0", "7.2", "10.0"]
     assert all(hop.different_pages == 0 and hop.dumped_bytes == 131080 * 1024 for hop in hops)
@@ -38,6 +54,11 @@ async def test_busy_guest_goes_there_and_back_undamaged(
     for report in later:
         assert report["old_copy"]["referenced_pages"] > 24 * 256
         assert report["wire_bytes"] < first["wire_bytes"] / 2
+    seen = [hop.left for hop in hops if hop.left is not None]
+    assert [left.processes for left in seen] == [1, 1, 1]
+    assert [left.tcp_sockets for left in seen] == [0, 0, 0]
+    assert [left.copies for left in seen] == [2, 2, 2]  # and the lock of the directory
+    assert len({(left.files, left.unix_sockets, left.tool_fds) for left in seen}) == 1
     for hop in hops:
         queues = [q for device in hop.report["devices"] for q in device["virtqueues"]]
         assert len(queues) > 5
@@ -60,10 +81,11 @@ async def test_busy_guest_passes_links_that_are_cut(
         [CutPlan(frame=frame, plus_bytes=9) for frame in HANDOVER],
     )
     hops: list[Hop] = []
-    await soak(
-        config, [qemu72], short_tmp, count=2, on_hop=hops.append,
-        plan=lambda number, _: plans[number - 1],
+    run = Soak(
+        config, [qemu72], short_tmp, plan=lambda number, _: plans[number - 1],
+        on_hop=lambda _, hop: hops.append(hop), on_failure=fail,
     )  # fmt: skip
+    await run.run(2)
     assert [str(hop) for hop in hops if not hop.is_good] == []
     assert all(hop.different_pages == 0 for hop in hops)
     assert [hop.report["reconnects"] for hop in hops] == [3, len(HANDOVER)]
