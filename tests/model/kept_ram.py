@@ -51,10 +51,9 @@ class KeptRam:
 
     def rows(self, pages: Pages) -> NDArray[np.uint8]:
         """Pages as they are in the file."""
-        out = np.zeros((len(pages), PAGE_SIZE), np.uint8)
-        for row, page in zip(out, pages.tolist(), strict=True):
-            os.preadv(self.file.number, [row.data], self.header.pages_at + page * PAGE_SIZE)
-        return out
+        everything = np.zeros((self.header.page_count, PAGE_SIZE), np.uint8)
+        os.preadv(self.file.number, [everything.data], self.header.pages_at)
+        return everything[pages]
 
     def suffer(self, fate: Fate, at: float) -> None:
         """Let something happen to it, ``at`` a place from 0 to 1."""

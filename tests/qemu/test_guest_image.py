@@ -12,7 +12,7 @@ import trio
 
 from migrate.errors import GuestError, ParamsError, QemuExitedError
 from migrate.lab import guest_image
-from migrate.lab.console import join_heartbeats, migration_gap_ns
+from migrate.lab.console import join_heartbeats
 from migrate.lab.guest_image import GuestImage
 from migrate.lab.guest_vm import Guest, GuestConfig, Workload, make_disk, running_guest
 from migrate.lab.qemu_binaries import QemuBinary, find_10_0, find_installed, inspect
@@ -123,17 +123,21 @@ async def test_every_kind_of_write_passes_the_self_check(
     assert_undamaged(guest)
 
 
-def flip_bit(ram_path: Path, content: bytes, where: int) -> None:
-    """Damage the one page of guest RAM that has this content; searches all of it, slowly."""
+def flip_bit(ram_path: Path, content: bytes, where: int) -> bytes:
+    """Change the one page of guest RAM that has this content; searches all of it, slowly.
+
+    Returns:
+        Its content from now on.
+    """
     with ram_path.open("r+b") as ram, mmap.mmap(ram.fileno(), 0) as memory:
         start = memory.find(content)
         assert start >= 0
         memory[start + where] ^= 0x10
+        return memory[start : start + len(content)]
 
 
-@pytest.mark.parametrize("where", [0, 2052, 4095])
 async def test_one_flipped_byte_of_guest_ram_is_found(
-    tmp_path: Path, image: GuestImage, binaries: dict[str, QemuBinary], where: int
+    tmp_path: Path, image: GuestImage, binaries: dict[str, QemuBinary]
 ) -> None:
     workload = Workload(
         static_mib=1, wws_mib=1, rate_pages_per_s=0, rewrite="counter", check_pages_per_s=4000
@@ -150,15 +154,18 @@ async def test_one_flipped_byte_of_guest_ram_is_found(
     page = 17
     # A page as it was filled and never written since: CONTENT_COUNTER in tools/guest/content.c.
     words = ((workload.static_mib * 256 + page) << 32) + np.arange(512, dtype=np.uint64)
+    good = words.tobytes()
     async with running_guest(config, binaries["7.2"], tmp_path, image=image) as guest:
         with trio.fail_after(60):
             await guest.console.wait_ready()
             await guest.console.wait_full_check()
             assert_undamaged(guest)
-            await trio.to_thread.run_sync(flip_bit, ram_path, words.tobytes(), where)
-            check = await guest.console.wait_full_check()
-    assert check.bad_pages == 1
-    assert f"BAD wws page={page} off={where} " in guest.console.bad[0]
+            for where in (0, 2052, 4095):
+                damaged = await trio.to_thread.run_sync(flip_bit, ram_path, good, where)
+                check = await guest.console.wait_full_check()
+                assert check.bad_pages == 1
+                assert f"BAD wws page={page} off={where} " in guest.console.bad[-1]
+                await trio.to_thread.run_sync(flip_bit, ram_path, damaged, where)
 
 
 async def test_content_of_a_device_is_in_guest_ram_once_and_its_damage_is_found(
@@ -280,7 +287,6 @@ async def test_the_guest_survives_a_plain_migration(
     assert not to_guest.console.ready, "the destination booted instead of going on"
     joined = join_heartbeats(from_guest.console, to_guest.console)
     assert np.all(np.diff(joined.guest_ns) > 0)
-    assert migration_gap_ns(from_guest.console, to_guest.console) > 0
 
 
 async def test_a_qemu_that_does_not_start_says_why(
