@@ -1,6 +1,7 @@
 """Both commands over real TCP that is cut at bytes that were chosen; fences and refusals."""
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,6 +11,8 @@ import pytest
 import trio
 
 from migrate.lab.cutting_proxy import CutPlan, cutting
+from migrate.lab.leaks import command_line
+from migrate.lab.processes import process_tree
 from migrate.lab.soak_cuts import HANDOVER, SIMULATED_OPTIONS, SLOW_OPTIONS, migrate_simulated
 from migrate.transport.link import Link
 from migrate.transport.socket_stream import start_stream
@@ -214,6 +217,47 @@ async def test_a_link_that_stays_away_leaves_the_guest_at_the_source(short_tmp: 
     assert source["error"]["code"] == "peer-lost"
     assert "no link since" in source["error"]["message"]
     assert outcome.codes[0] == 11
+
+
+async def follow_open(seen: dict[str, list[tuple[int, int]]]) -> None:
+    """Note of each of the two commands how many descriptors and threads it has, until cancelled."""
+    while True:
+        for pid in process_tree([os.getpid()]):
+            words = command_line(pid)
+            for name, counts in seen.items():
+                if f"/{name} " in words:
+                    with contextlib.suppress(OSError):  # it ended
+                        folder = Path(f"/proc/{pid}")
+                        counts.append(
+                            (len(list(folder.glob("fd/*"))), len(list(folder.glob("task/*"))))
+                        )
+        await trio.sleep(0.05)
+
+
+async def test_cuts_leave_no_descriptors_and_no_threads_in_the_commands(
+    short_tmp: Path,
+) -> None:
+    """24 cuts: one of either left at each would make 12 more in the second half."""
+    plan = [
+        CutPlan(at_bytes=900_000 * number, how="end" if number % 3 else "reset")
+        for number in range(1, 25)
+    ]
+    seen: dict[str, list[tuple[int, int]]] = {"migrate-src": [], "migrate-dst": []}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(follow_open, seen)
+        with trio.fail_after(100):
+            outcome = await migrate_simulated(short_tmp, plan, options=SIMULATED_OPTIONS)
+        nursery.cancel_scope.cancel()
+    assert outcome.arrived
+    assert len(outcome.made) == len(plan)
+    for counts in seen.values():
+        half = len(counts) // 2
+        (files, threads), (later_files, later_threads) = (
+            map(max, *part) for part in (counts[:half], counts[half:])
+        )
+        assert files > 3
+        assert later_files <= files + 4
+        assert later_threads <= threads + 4
 
 
 async def test_an_outage_in_precopy_is_waited_out(short_tmp: Path) -> None:
