@@ -23,15 +23,15 @@ from migrate.pages.classify import ClassifiedPages
 from migrate.pages.encode import NOTHING, Encoded, encode_rows, make_batch
 from migrate.pages.page_cache import KeepRule, Rows
 from migrate.params import Compress
-from migrate.runtime import ENCODE_THREADS, Runtime, Step
+from migrate.runtime import Runtime, Step
 from proto.codecs import Codec, CodecId, make_codec
 from proto.link.pages import PageBatch
 
 CODEC_IDS: Final = {"none": CodecId.RAW, "lz4": CodecId.LZ4, "zstd": CodecId.ZSTD}
 
 BUSY_SHARE: Final = 0.7
-"""Encoders that are all at work for this share of the time are the limit. Less than 1: each change
-of batches takes some time on busy hosts."""
+"""Encoders of which one is at work for this share of the time can be the limit: not by their
+number, but by the processors that they take from everything else."""
 
 DELTA_COST: Final = "delta"
 """What the runtime's cost model calls the encoding of differences: it costs less than that of
@@ -66,13 +66,13 @@ class PageEncoder:
         self._runtime = runtime
         self._choice = CodecChoice()
         self._deltas = DeltaChoice()
-        self._occupancy = Occupancy(ENCODE_THREADS)
+        self._occupancy = Occupancy(1)
         self._link: LinkEstimate | None = None
         self._delta_codec = delta_codec(compress.mode)
 
     @property
     def is_the_limit(self) -> bool:
-        """All encoders were at work nearly all of the time lately."""
+        """Encoders were at work nearly all of the time lately."""
         return self._occupancy.share(self._runtime.now_ns()) >= BUSY_SHARE
 
     @property

@@ -41,7 +41,7 @@ MAX_QUEUED_BYTES = 192 * 2**20
 MIN_START_BYTES = 5
 """A RAM section's start has at least its type and its id."""
 
-MAX_BURST_BYTES = 4 << 20
+MAX_BURST_BYTES = 8 << 20
 """What is decoded in one thread hop, if so much has queued up."""
 
 ACK_PAUSE_S = 0.005

@@ -2,7 +2,7 @@
 
     guest events -> classify (in order, in one thread) -> encode (in threads) -> backlog
 
-The unit is a batch of up to 256 pages. Order is kept: a message takes its place in the backlog
+The unit is a batch of 256 to 1024 pages. Order is kept: a message takes its place in the backlog
 before it is encoded, and only encoding runs out of order. What waits between the guest and the
 link is bounded: tightly while the guest runs, by ``STOPPED_BACKLOG_BYTES`` once it is stopped.
 """
@@ -51,9 +51,10 @@ OPAQUE_PIECE_BYTES = 1 << 20
 
 BURST_NS = 10_000_000
 MIN_BURST_BYTES = 1 << 20
-MAX_BURST_BYTES = 4 << 20
+MAX_BURST_BYTES = 8 << 20
 """How much is read from the guest at a time: 10 ms of the present rate, within these bounds. A
-large burst saves thread hops on a fast link, and on a slow one it would be downtime."""
+large burst is few large batches, which saves thread hops on a fast link, and on a slow one it would
+be downtime."""
 
 LINK_LOOK_S = 0.02
 """How often a lost link is looked for."""

@@ -4,7 +4,7 @@ Sends messages in order, as far as the credit goes: what the destination guest h
 bandwidth that does not exist. Also keeps the account of every byte and measures the link.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -236,14 +236,20 @@ class Sender:
             hungry = hungry and not state.unsent_bytes
             if self.meter.wants_sample(now_ns):
                 busy_ns = state.busy_us * 1000
-                self.meter.sample(now_ns, state.acked_bytes, busy_ns, waiting=state.waiting)
+                self.meter.sample(
+                    now_ns,
+                    state.acked_bytes,
+                    busy_ns,
+                    raw_bytes=self._framed_raw_bytes,
+                    waiting=state.waiting,
+                )
         seen = self.meter.estimate()
         if seen is None and (carried := self.carried.estimate(now_ns)) is not None:
             seen = LinkEstimate(carried.wire_bps, carried.saturated)
         limit = self._max_bandwidth_bps
         if seen is None or limit is None or seen.wire_bps < 0.8 * limit:
             return seen, hungry
-        return LinkEstimate(min(seen.wire_bps, limit), saturated=True), False
+        return replace(seen, wire_bps=min(seen.wire_bps, limit), saturated=True), False
 
     def consumed_estimate(self) -> GoodputEstimate | None:
         """What the destination guest takes in; looked up at most every ``NOTE_NS``."""

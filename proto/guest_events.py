@@ -13,11 +13,19 @@ from numpy.typing import NDArray
 PAGE_SIZE = 4096
 """Target page size in bytes; the only one on x86."""
 
-MAX_RUN_PAGES = 256
-"""Most pages with data in one event: 1 MiB, the unit of work of the whole engine."""
+RUN_PAGES = 256
+MAX_RUN_PAGES = 1024
+"""Most pages with data in one event, on a slow link and on any: 1 to 4 MiB, the unit of work of the
+whole engine. Each costs the same, however many pages it has; but it also delays what comes behind
+it, and a slow link should not see megabytes at a time."""
 
 MAX_ZERO_RUN_PAGES = 65536
 """Most pages in one ``ZeroRun``; they carry no data, so the bound only limits index arrays."""
+
+
+def run_pages(burst_bytes: int) -> int:
+    """Pages with data in one event where so many bytes are read at a time."""
+    return min(max(burst_bytes // PAGE_SIZE, RUN_PAGES), MAX_RUN_PAGES)
 
 
 @dataclass(frozen=True, slots=True)

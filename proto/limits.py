@@ -21,12 +21,12 @@ it, and is small enough that the page bytes that land in it and are copied out a
 one eighth of a full frame) do not show."""
 
 MAX_BATCH_PAGES: Final = MAX_RUN_PAGES
-"""Literal and referenced pages in one PAGES frame: 1 MiB of guest memory, the unit of work."""
+"""Literal and referenced pages in one PAGES frame: 4 MiB of guest memory, the unit of work on a
+fast link; a slow one gets less at a time."""
 
 MAX_DATA_BYTES: Final = MAX_BATCH_PAGES * PAGE_SIZE
-"""Raw and encoded bytes in one PAGES, OPAQUE or DEVICE_STATE frame: 1 MiB, so a peer that is
-not yet trusted can make us hold one MiB per connection, and no frame delays another for
-long."""
+"""Raw and encoded bytes in one PAGES, OPAQUE or DEVICE_STATE frame: 4 MiB, so what a peer makes us
+hold per connection is little, and no frame delays another for long."""
 
 MAX_ZERO_RUNS: Final = 4096
 """Zero runs in one PAGES frame: 32 KiB of message header, which leaves room for the rest."""

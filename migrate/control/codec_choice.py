@@ -5,9 +5,10 @@ with the strongest codec for which processors have time:
 
 * pages go as they are until the link is seen to be the limit: that is how its rate becomes known,
   within milliseconds, and where it never is nothing is gained by an encoder;
-* from then on a link that waits for an encoder makes the codec one step cheaper, and one that has
-  enough to send one step stronger, as ``zstd --adapt`` does it. Where processors have time for
-  some of both, the batches are a mix that keeps both busy;
+* from then on a link that has enough to send makes the codec one step stronger, and one that waits
+  for an encoder one step cheaper, as ``zstd --adapt`` does it, but for two things. A cheaper
+  codec can at most fill the link, so where more pages than that pass already it would lose. And
+  a codec that was too expensive is tried again later and later;
 * up to the strongest codec that pays: each must shrink the pages noticeably better than the one
   before it, and be worth its processor time on a link of this rate;
 * while the guest is what everybody waits for everything stays as it is: a codec saves bytes;
@@ -37,12 +38,14 @@ STEP_BATCHES: Final = 2
 """Hungry batches in a row for a step down: so many are under way between choice and link."""
 
 UP_BATCHES: Final = 4
-"""Batches with enough to send from one step to the next one up. Steps down that come sooner than
-steps up keep the link busier; the other way round there are fewer bytes."""
+"""Batches with enough to send from one step to the next one up."""
 
-GIVE_UP_BATCHES: Final = 16
-"""Hungry batches in a row before the cheapest codec is given up: on a link that is known to be the
-limit that is mostly not the encoder's fault."""
+SETTLE_BATCHES: Final = 8
+"""Batches after a step before what passes is due to it: so long those from before are under way."""
+
+PATIENCE_BATCHES: Final = (16, 512)
+"""After a codec was too expensive, so many batches pass before the next try, twice as many each
+time. A codec that lasts for longer than that is trusted as at first."""
 
 _WORTH: Final = 0.98
 """A stronger codec must leave no more than this share of what the one before it leaves."""
@@ -145,6 +148,7 @@ class CodecChoice:
         self._current = 0
         self._link_bps: float | None = None
         self._batches = self._since_step = self._hungry_batches = 0
+        self._patience = [UP_BATCHES] * len(priors)
         self._probe_upwards = True
 
     @property
@@ -219,17 +223,35 @@ class CodecChoice:
         self._since_step += 1
         self._hungry_batches = self._hungry_batches + 1 if hungry else 0
         if hungry:
-            if self._hungry_batches >= (
-                GIVE_UP_BATCHES if self._current == 1 else STEP_BATCHES
-            ):
-                self._step(-1)
-        elif link is not None and link.saturated and self._since_step >= UP_BATCHES:
-            self._step(+1)
+            if self._hungry_batches >= STEP_BATCHES and self._is_too_expensive(link):
+                self._step_down()
+        elif self._current < strongest and link is not None and link.saturated:
+            self._try_stronger()
         self._current = min(self._current, strongest)
         return self.current
 
+    def _is_too_expensive(self, link: LinkEstimate | None) -> bool:
+        """The next cheaper codec would have more pages pass, if only it fills the link."""
+        if not self._current or self._since_step < SETTLE_BATCHES or self._link_bps is None:
+            return False
+        if link is None or link.raw_bps is None:
+            return True
+        cheaper = self._candidates[self._current - 1]
+        return link.raw_bps < self._link_bps / self._ratio(cheaper)
+
+    def _try_stronger(self) -> None:
+        if self._since_step >= self._patience[self._current + 1]:
+            self._step(+1)
+
+    def _step_down(self) -> None:
+        least, most = PATIENCE_BATCHES
+        before = self._patience[self._current]
+        lasted = self._since_step > max(least, before)
+        self._patience[self._current] = least if lasted else min(max(least, 2 * before), most)
+        self._step(-1)
+
     def _step(self, by: int) -> None:
-        self._current = max(0, self._current + by)
+        self._current += by
         self._since_step = self._hungry_batches = 0
 
     def probe(self) -> CodecSetting | None:
@@ -244,6 +266,7 @@ class CodecChoice:
             self._link_bps = link.wire_bps
             if is_first:
                 self._current = self._strongest()
+                self._since_step = 0
         elif self._link_bps is not None:
             self._link_bps = max(self._link_bps, link.wire_bps)
 

@@ -30,10 +30,13 @@ class LinkEstimate:
     Attributes:
         wire_bps: Bytes per second on the link.
         saturated: The link was the limit; otherwise the rate is a lower bound.
+        raw_bps: Bytes of pages per second that went with them, before they were encoded; ``None``
+            where nobody counted.
     """
 
     wire_bps: float
     saturated: bool
+    raw_bps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class _Sample:
     at_ns: int
     acked_bytes: int
     busy_ns: int
+    raw_bytes: int
     waiting: bool
 
 
@@ -54,19 +58,22 @@ class LinkMeter:
         """Whether the last sample is old enough for another."""
         return not self._samples or now_ns - self._samples[-1].at_ns >= SPACING_NS
 
-    def sample(self, now_ns: int, acked_bytes: int, busy_ns: int, *, waiting: bool) -> None:
+    def sample(
+        self, now_ns: int, acked_bytes: int, busy_ns: int, *, raw_bytes: int, waiting: bool
+    ) -> None:
         """Note the state of the connection.
 
         Args:
             now_ns: When.
             acked_bytes: Acknowledged so far; fewer than before means another connection.
             busy_ns: Time so far in which something was under way.
+            raw_bytes: Bytes of pages so far, before they were encoded.
             waiting: More waits than the network takes.
         """
         samples = self._samples
         if samples and acked_bytes < samples[-1].acked_bytes:
             samples.clear()
-        samples.append(_Sample(now_ns, acked_bytes, busy_ns, waiting))
+        samples.append(_Sample(now_ns, acked_bytes, busy_ns, raw_bytes, waiting))
         # the two newest stay, whatever their age: after a pause they are the best guess
         while len(samples) > 2 and samples[1].at_ns <= now_ns - WINDOW_NS:
             samples.popleft()
@@ -84,4 +91,7 @@ class LinkMeter:
         waiting = sum(sample.waiting for sample in self._samples)
         saturated = busy_ns >= BUSY_SHARE * span_ns and 2 * waiting >= len(self._samples)
         carried_ns = busy_ns if saturated else span_ns
-        return LinkEstimate(acked_bytes * NS_PER_S / carried_ns, saturated)
+        raw_bytes = last.raw_bytes - first.raw_bytes
+        return LinkEstimate(
+            acked_bytes * NS_PER_S / carried_ns, saturated, raw_bytes * NS_PER_S / span_ns
+        )

@@ -29,7 +29,6 @@ from migrate.simulation.ram import Pages
 from migrate.simulation.service_link import GuestService
 from migrate.units import NS_PER_MS, NS_PER_S
 from proto.guest_events import (
-    MAX_RUN_PAGES,
     MAX_ZERO_RUN_PAGES,
     PAGE_SIZE,
     DeviceState,
@@ -41,6 +40,7 @@ from proto.guest_events import (
     RoundEnd,
     Switchover,
     ZeroRun,
+    run_pages,
 )
 from proto.qemu.physical import MemoryRange, PhysicalMap
 from proto.virtqueue import VirtioDeviceState
@@ -242,8 +242,9 @@ class SimulatedSource:
         full = window[travels & ~zero]
         zeros = window[travels & zero]
         events: list[GuestEvent] = []
-        for at in range(0, len(full), MAX_RUN_PAGES):
-            pages = full[at : at + MAX_RUN_PAGES]
+        most = run_pages(limit * PAGE_SIZE)
+        for at in range(0, len(full), most):
+            pages = full[at : at + most]
             events.append(PageRun(0, pages, ram.rows(pages)))
         if len(zeros):
             events.append(ZeroRun(0, zeros))

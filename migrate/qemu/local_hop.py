@@ -16,7 +16,7 @@ import trio
 from migrate.errors import QemuStreamBrokenError
 from migrate.transport.channels import Buffer, reason, send_all, widen_send_buffer
 from proto.errors import QemuStreamError
-from proto.guest_events import NEED_DATA, GuestEvent
+from proto.guest_events import NEED_DATA, GuestEvent, run_pages
 from proto.qemu.return_path import ReturnPathMessage, ReturnPathReader
 from proto.qemu.stream_reader import StreamReader
 
@@ -94,6 +94,7 @@ class IncomingHop:
     def _drain(self, burst_bytes: int) -> list[GuestEvent]:
         """Receive and parse up to ``burst_bytes``; runs in a thread, one at a time."""
         events: list[GuestEvent] = []
+        self._reader.set_run_pages(run_pages(burst_bytes))
         for start in range(0, burst_bytes, PIECE_BYTES):
             buffer = self._reader.get_buffer()[: min(PIECE_BYTES, burst_bytes - start)]
             try:

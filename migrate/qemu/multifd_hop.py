@@ -23,7 +23,7 @@ from migrate.qemu.local_hop import (
     stream_errors,
 )
 from proto.errors import QemuStreamError
-from proto.guest_events import NEED_DATA, End, GuestEvent, Switchover
+from proto.guest_events import NEED_DATA, End, GuestEvent, Switchover, run_pages
 from proto.qemu.format import MAGIC, MULTIFD_MAGIC
 from proto.qemu.multifd import ChannelReader
 from proto.qemu.multifd_stream import MultifdStream
@@ -52,6 +52,7 @@ class _Channel:
     def drain(self, share_bytes: int) -> int:
         """Receive about this much, up to a sync, or what there is; returns the bytes."""
         reader = self.reader
+        reader.set_run_pages(run_pages(share_bytes))
         taken = 0
         while not reader.at_sync and (taken < share_bytes or reader.in_packet):
             buffer = reader.get_buffer()
@@ -216,6 +217,7 @@ class MultifdHop(IncomingHop):
     def _drain_main(self, burst_bytes: int) -> int:
         """Receive and parse about this much of what is there, without waiting; runs in a thread."""
         reader = self._main
+        reader.set_run_pages(run_pages(burst_bytes))
         received = 0
         self._main_has_more = False
         while True:

@@ -51,7 +51,7 @@ ANNOUNCEMENT: Final = 0x50524147
 """What a guest sends after a migration so that the network learns where it is."""
 
 _FIELDS: Final = {
-    "next_number": U64,
+    "next_number": integer(0, (1 << 63) - 1),
     "draining": boolean,
     "sent": U64,
     "completed": U64,

@@ -72,7 +72,7 @@ class ZstdCodec:
         The library allocates what the frame claims, so the claim is checked first.
 
         Raises:
-            CodecError: ``src`` is damaged, claims another length or a window above 1 MiB, or
+            CodecError: ``src`` is damaged, claims another length or a window above 4 MiB, or
                 something follows the frame.
         """
         wanted = f"one frame of {len(out)} bytes"
@@ -140,7 +140,7 @@ def _new_compressor(level: int) -> zstandard.ZstdCompressor:
     if level not in _TABLE_LOG:
         return zstandard.ZstdCompressor(level=level, write_content_size=True)
     parameters = zstandard.ZstdCompressionParameters(
-        window_log=20,  # MAX_DATA_BYTES: the decoder takes no more
+        window_log=20,
         hash_log=_TABLE_LOG[level],
         chain_log=_TABLE_LOG[level],
         search_log=1,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto.errors import CodecError, LocalProtocolError, QemuStreamError
-from proto.guest_events import MAX_RUN_PAGES, PAGE_SIZE, PageRun, RamBlock, ZeroRun
+from proto.guest_events import PAGE_SIZE, RUN_PAGES, PageRun, RamBlock, ZeroRun
 from proto.qemu import multifd_format as mf
 from proto.qemu.format import MULTIFD_MAGIC
 from proto.qemu.multifd_payload import UNPACKERS, Unpacker
@@ -35,24 +35,26 @@ class _Batches:
 
     Attributes:
         done: Batches to hand out.
+        run_pages: Most pages with data in the batches after this one.
     """
 
     def __init__(self) -> None:
         self.done: list[PageRun | ZeroRun] = []
+        self.run_pages = RUN_PAGES
         self._block = -1
         self._pages: list[Pages] = []
         self._count = 0
         self._allocate()
 
     def _allocate(self) -> None:
-        self._memory = np.empty((MAX_RUN_PAGES, PAGE_SIZE), np.uint8)
+        self._memory = np.empty((self.run_pages, PAGE_SIZE), np.uint8)
         self._start = 0
 
     def room(self, count: int) -> NDArray[np.uint8]:
         """Rows for the contents of so many pages; what was added before stays as it is."""
-        if self._start + self._count + count > MAX_RUN_PAGES:
+        if self._start + self._count + count > len(self._memory):
             self.flush()
-        if self._start + count > MAX_RUN_PAGES:
+        if self._start + count > len(self._memory):
             self._allocate()
         begin = self._start + self._count
         return self._memory[begin : begin + count]
@@ -106,6 +108,10 @@ class ChannelReader:
         self._pages = np.empty(0, np.uint32)
         self._compression = ""
         self._unpacker: Unpacker | None = None
+
+    def set_run_pages(self, count: int) -> None:
+        """Say how many pages with data an event has at most, from the next batch on."""
+        self._batches.run_pages = count
 
     def set_blocks(self, blocks: Sequence[RamBlock]) -> None:
         """Say which RAM blocks there are; no page may come before."""

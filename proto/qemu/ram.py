@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from proto.errors import QemuStreamError
 from proto.guest_events import (
-    MAX_RUN_PAGES,
     MAX_ZERO_RUN_PAGES,
     PAGE_SIZE,
+    RUN_PAGES,
     PageRun,
     RamBlock,
     RoundEnd,
@@ -89,9 +89,11 @@ class _Batch:
     Attributes:
         block: Block of the last page added, -1 before the first.
         last_page: That page.
+        run_pages: Most pages with data in the batches after this one.
     """
 
     def __init__(self) -> None:
+        self.run_pages = RUN_PAGES
         self.block = -1
         self.last_page = -1
         self._zero: list[NDArray[np.uint32]] = []
@@ -101,13 +103,13 @@ class _Batch:
 
     def _allocate(self) -> None:
         self._count = 0
-        self._pages = np.empty(MAX_RUN_PAGES, np.uint32)
-        self._data = np.empty((MAX_RUN_PAGES, PAGE_SIZE), np.uint8)
+        self._pages = np.empty(self.run_pages, np.uint32)
+        self._data = np.empty((self.run_pages, PAGE_SIZE), np.uint8)
         self._flat = self._data.reshape(-1).data
 
     @property
     def data_room(self) -> int:
-        return MAX_RUN_PAGES - self._count
+        return len(self._pages) - self._count
 
     @property
     def zero_room(self) -> int:
@@ -115,7 +117,7 @@ class _Batch:
 
     @property
     def is_full(self) -> bool:
-        return self._count == MAX_RUN_PAGES or self._zero_count == MAX_ZERO_RUN_PAGES
+        return self._count == len(self._pages) or self._zero_count == MAX_ZERO_RUN_PAGES
 
     def add_data(self, pages: NDArray[np.uint32], data: NDArray[np.uint8]) -> None:
         end = self._count + len(pages)
@@ -157,11 +159,13 @@ class _Batch:
 
     def _hand_out_data(self) -> PageRun:
         pages, data = self._pages[: self._count], self._data[: self._count]
-        if self._count <= MAX_RUN_PAGES // 2:
-            # A few pages must not keep a megabyte alive while they wait in a queue.
+        room = len(self._pages)
+        if self._count <= room // 2:
+            # A few pages must not keep megabytes alive while they wait in a queue.
+            pages, data = pages.copy(), data.copy()
             self._count = 0
-            return PageRun(self.block, pages.copy(), data.copy())
-        self._allocate()
+        if self._count or room != self.run_pages:
+            self._allocate()
         return PageRun(self.block, pages, data)
 
 
@@ -187,6 +191,10 @@ class RamScanner:
         self.events: list[PageRun | ZeroRun | RoundEnd] = []
         self.unknown: UnknownRecord | None = None
         self.track = track
+
+    def set_run_pages(self, count: int) -> None:
+        """Say how many pages with data the batches after this one have at most."""
+        self._batch.run_pages = count
 
     def scan(self, buf: NDArray[np.uint8], start: int, end: int) -> tuple[int, Stop]:
         """Consume whole records of ``buf[start:end]``; events go to ``self.events``.

@@ -20,6 +20,7 @@ from proto.errors import LocalProtocolError, QemuStreamError
 from proto.guest_events import (
     NEED_DATA,
     PAGE_SIZE,
+    RUN_PAGES,
     DeviceState,
     End,
     GuestEvent,
@@ -87,6 +88,7 @@ class StreamReader:
         self._error: QemuStreamError | None = None
         self._ram_id = -1
         self._ram: RamScanner | None = None
+        self._run_pages = RUN_PAGES
         self._prelude = b""
         self.configuration: MachineConfiguration | None = None
         self.bytes_consumed = 0
@@ -111,6 +113,12 @@ class StreamReader:
     def feed_eof(self) -> None:
         """Say that the source closed its end."""
         self._eof = True
+
+    def set_run_pages(self, count: int) -> None:
+        """Say how many pages with data an event has at most, from the next batch on."""
+        self._run_pages = count
+        if self._ram is not None:
+            self._ram.set_run_pages(count)
 
     @property
     def at_sync(self) -> bool:
@@ -344,6 +352,7 @@ class StreamReader:
                 self._where(), "one channel", "multifd: switch the capability off"
             )
         self._ram = RamScanner(tuple(blocks.values()), self.track if self.multifd else None)
+        self._ram.set_run_pages(self._run_pages)
         yield from self._footer()
 
     def _block_list_end(self) -> _Steps:

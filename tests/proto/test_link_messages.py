@@ -323,7 +323,7 @@ def test_values_that_do_not_fit_the_wire_are_our_mistake(message: m.Message) -> 
         (FrameType.OPAQUE, b"\x01\x01\x01\x00\x01\x00\x00\x00", b"x"),
         (FrameType.OPAQUE, b"\x01\x01\x00\x00\x02\x00\x00\x00", b"x"),
         (FrameType.OPAQUE, b"\x01\x02\x00\x00\x01\x00\x00\x00", b"x"),
-        (FrameType.OPAQUE, b"\x01\x02\x00\x00\x01\x00\x10\x00", b"x"),
+        (FrameType.OPAQUE, b"\x01\x02\x00\x00\x01\x00\x40\x00", b"x"),
         (FrameType.OPAQUE, b"\x01\x01\x00\x00\x01\x00\x00\x00\xff", b"x"),
         (FrameType.DEVICE_STATE, b"\x01\x01\x00\x00\x01\x00\x00\x00", b"x"),
         (FrameType.DEVICE_STATE, b"\x01\x00\x01\x00\x01\x00\x00\x00", b"x"),

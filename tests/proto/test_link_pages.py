@@ -103,9 +103,11 @@ def decode(header: bytes, payload: bytes = b"") -> PageBatch:
     return decode_pages("here", header, payload, SHAPE, SLOTS)
 
 
-def raw_batch(literal: list[int], slots: list[int] | None = None) -> tuple[bytes, bytes]:
+def raw_batch(
+    literal: list[int], slots: list[int] | None = None, block: int = 0
+) -> tuple[bytes, bytes]:
     batch = PageBatch(
-        0,
+        block,
         literal_pages=page_array(literal),
         literal_slots=page_array(slots or [NOT_CACHED] * len(literal)),
         encoded=bytes(len(literal) * PAGE_SIZE),
@@ -430,7 +432,11 @@ def test_a_batch_without_any_page_is_refused() -> None:
             codec_id=3,
             encoded=bytes(4096),
         ),
-        PageBatch(0, ref_pages=page_array(range(257)), ref_slots=page_array(range(257))),
+        PageBatch(
+            0,
+            ref_pages=page_array(range(MAX_BATCH_PAGES + 1)),
+            ref_slots=page_array(range(MAX_BATCH_PAGES + 1)),
+        ),
         PageBatch(0, delta_pages=page_array([1]), delta_bases=page_array([1])),
         PageBatch(0, delta_pages=page_array([1, 2]), delta_bases=page_array([1])),
         PageBatch(0, same_count=1, delta_encoded=b"x"),
@@ -450,7 +456,7 @@ def test_a_batch_that_does_not_fit_the_wire_is_our_mistake(batch: PageBatch) -> 
 
 
 def test_a_full_batch_is_the_limit() -> None:
-    header, payload = raw_batch(list(range(MAX_BATCH_PAGES)))
+    header, payload = raw_batch(list(range(MAX_BATCH_PAGES)), block=2)
     assert decode(header, payload).page_count == MAX_BATCH_PAGES
     runs = PageBatch(2, zero_pages=page_array(range(0, 2 * MAX_ZERO_RUNS, 2)))
     assert decode(encode_pages(runs)[0]).page_count == MAX_ZERO_RUNS

@@ -104,7 +104,7 @@ def test_literals_and_deltas_share_the_payload() -> None:
 @pytest.mark.parametrize("count", [3, MAX_BATCH_PAGES])
 def test_pages_that_moved_as_a_run_cost_a_run_however_many_they_are(count: int) -> None:
     batch = PageBatch(
-        0, ref_pages=page_array(range(7, 7 + count)), ref_slots=page_array(range(count))
+        2, ref_pages=page_array(range(7, 7 + count)), ref_slots=page_array(range(count))
     )
     slots = SlotSpace(old_pages=count)
     header, _ = encode_pages(batch)

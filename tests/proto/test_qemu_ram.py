@@ -149,6 +149,31 @@ def test_runs_of_any_length_end_batches_at_256_pages(
     ]
 
 
+def test_a_batch_ends_where_it_is_told_to_from_the_next_one_on() -> None:
+    scanner = RamScanner([BLOCK])
+
+    def runs(first: int, count: int) -> list[int]:
+        body = record(first, page_of(first), NAME) + b"".join(
+            record(page, page_of(page)) for page in range(first + 1, first + count)
+        )
+        scanner.scan(np.frombuffer(body, np.uint8), 0, len(body))
+        events, scanner.events = scanner.events, []
+        assert all(
+            row.tobytes() == page_of(page)
+            for event in events
+            if isinstance(event, PageRun)
+            for page, row in zip(event.pages.tolist(), event.data, strict=True)
+        )
+        return [len(event.pages) for event in events if isinstance(event, PageRun)]
+
+    assert runs(0, 10) == []
+    scanner.set_run_pages(700)
+    assert runs(10, 1000) == [256, 700]
+    scanner.set_run_pages(256)
+    scanner.flush()
+    assert runs(1010, 300) == [54, 256]
+
+
 def test_a_zero_run_ends_at_its_limit() -> None:
     body = zero_records(BLOCK, np.arange(70_000, dtype=np.uint32), named=True) + EOS
     events = scan(body)

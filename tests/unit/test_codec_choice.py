@@ -85,7 +85,8 @@ class World:
             return None
         span_s = max(recent[-1][0] - recent[0][0] + recent[0][1], 1e-9)
         busy_s = sum(busy for _, busy, _ in recent)
-        return LinkEstimate(sum(n for _, _, n in recent) / span_s, busy_s >= 0.85 * span_s)
+        carried, raw = sum(n for _, _, n in recent), len(recent) * MIB
+        return LinkEstimate(carried / span_s, busy_s >= 0.85 * span_s, raw / span_s)
 
     def changes(self, start: int = 0) -> int:
         kept = self.kept[start:]
@@ -140,6 +141,31 @@ def test_busy_processors_give_a_mix_that_keeps_the_link_busy() -> None:
     seconds = world.sends[-1][0] - world.sends[-501][0]
     assert carried / seconds > 0.85 * 125e6
     assert carried < 500 * MIB * COMPRESSIBLE[LZ4], "not all of it was lz4"
+
+
+def test_a_cheaper_codec_that_could_not_carry_more_is_not_taken() -> None:
+    choice = CodecChoice()
+    choice.choose(LinkEstimate(125e6, saturated=True, raw_bps=200e6), hungry=False)
+    assert choice.current == ZSTD_3
+    # zstd:1 leaves 0.44: a link of 125 MB/s full of it carries 284 MB/s of pages, lz4's 227.
+    fits = LinkEstimate(110e6, saturated=False, raw_bps=290e6)
+    assert {choice.choose(fits, hungry=True) for _ in range(100)} == {ZSTD_3}
+    slower = LinkEstimate(90e6, saturated=False, raw_bps=240e6)
+    kept = [choice.choose(slower, hungry=True) for _ in range(100)]
+    assert kept[-1] == ZSTD_1
+    assert LZ4 not in kept
+    slowest = LinkEstimate(80e6, saturated=False, raw_bps=220e6)
+    assert [choice.choose(slowest, hungry=True) for _ in range(40)][-1] == LZ4
+
+
+def test_a_codec_that_was_too_expensive_is_tried_again_later_and_later() -> None:
+    world = World(125e6, processors=0.2)  # zstd:3 encodes 180 MB/s, zstd:1 fills the link
+    world.run(2000)
+    tries = [i for i, (a, b) in enumerate(pairwise(world.kept)) if (a, b) == (ZSTD_1, ZSTD_3)]
+    pauses = [b - a for a, b in pairwise(tries)]
+    assert len(pauses) >= 3
+    assert pauses == sorted(pauses)
+    assert pauses[-1] > 4 * pauses[0]
 
 
 def test_half_random_pages_get_no_more_than_the_level_that_tells() -> None:

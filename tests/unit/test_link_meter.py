@@ -22,7 +22,9 @@ def metered(
     for step in range(steps + 1):
         at_ns = step * STEP_NS
         acked = int(rate_bps * at_ns / 1e9)
-        meter.sample(at_ns, acked, int(busy_share * at_ns), waiting=waiting)
+        meter.sample(
+            at_ns, acked, int(busy_share * at_ns), raw_bytes=3 * acked, waiting=waiting
+        )
     return meter.estimate()
 
 
@@ -31,6 +33,7 @@ def test_a_link_that_is_always_busy_with_more_waiting_is_the_limit() -> None:
     assert seen is not None
     assert seen.saturated
     assert seen.wire_bps == pytest.approx(125e6)
+    assert seen.raw_bps == pytest.approx(375e6)
 
 
 @pytest.mark.parametrize(("busy_share", "waiting"), [(0.3, True), (1.0, False), (0.0, False)])
@@ -59,6 +62,7 @@ def test_what_lies_further_back_than_the_window_is_forgotten() -> None:
             begin_ns + passed_ns,
             acked + int(99e6 * passed_ns / 1e9),
             begin_ns + passed_ns,
+            raw_bytes=0,
             waiting=True,
         )
     seen = meter.estimate()
@@ -69,14 +73,14 @@ def test_what_lies_further_back_than_the_window_is_forgotten() -> None:
 def test_another_connection_starts_anew() -> None:
     meter = LinkMeter()
     metered(125e6, 1.0, waiting=True, meter=meter)
-    meter.sample(10**9, 5, 0, waiting=True)
+    meter.sample(10**9, 5, 0, raw_bytes=0, waiting=True)
     assert meter.estimate() is None
 
 
 def test_samples_keep_their_distance() -> None:
     meter = LinkMeter()
     assert meter.wants_sample(0)
-    meter.sample(0, 0, 0, waiting=False)
+    meter.sample(0, 0, 0, raw_bytes=0, waiting=False)
     assert not meter.wants_sample(SPACING_NS - 1)
     assert meter.wants_sample(SPACING_NS)
 
@@ -94,6 +98,6 @@ def test_no_counter_breaks_it(steps: list[tuple[int, int, int, bool]]) -> None:
     at_ns = acked = busy = 0
     for passed_ns, bytes_more, busy_more, waiting in steps:
         at_ns, acked, busy = at_ns + passed_ns, acked + bytes_more, busy + busy_more
-        meter.sample(at_ns, acked, busy, waiting=waiting)
+        meter.sample(at_ns, acked, busy, raw_bytes=acked, waiting=waiting)
         seen = meter.estimate()
         assert seen is None or seen.wire_bps > 0
