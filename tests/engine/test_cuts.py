@@ -261,11 +261,11 @@ async def test_cuts_leave_no_descriptors_and_no_threads_in_the_commands(
 
 
 async def test_an_outage_in_precopy_is_waited_out(short_tmp: Path) -> None:
-    plan = [CutPlan(at_bytes=2_000_000, outage_s=4)]
+    plan = [CutPlan(at_bytes=2_000_000, outage_s=2)]
     with trio.fail_after(60):
         outcome = await migrate_simulated(short_tmp, plan, options=SLOW_OPTIONS)
     assert outcome.arrived
-    assert outcome.source["outage_ms"] >= 4000
+    assert outcome.source["outage_ms"] >= 2000
 
 
 async def test_a_proxy_without_a_plan_changes_nothing() -> None:

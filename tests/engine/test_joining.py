@@ -300,7 +300,7 @@ def test_a_destination_that_dies_leaves_the_guest_whatever_connection_tells_firs
     short_tmp: Path,
 ) -> None:
     with commands(
-        short_tmp, "--streams", "4", "--max-bandwidth", "80Mbit", "--reconnect-timeout", "2s"
+        short_tmp, "--streams", "4", "--max-bandwidth", "80Mbit", "--reconnect-timeout", "1s"
     ) as both:
         wait_connections(both, 4)
         both.destination.send_signal(signal.SIGKILL)

@@ -133,10 +133,10 @@ async def until_true(condition: Callable[[], bool]) -> None:
         await trio.sleep(0.02)
 
 
-IMPATIENT: Final = ("--reconnect-timeout", "2s")
+IMPATIENT: Final = ("--reconnect-timeout", "1s")
 """What is killed does not come back; tests that want more say so."""
 
-IMPATIENT_SOURCE: Final = ("--stopped-timeout", "2s", "--connect-timeout", "5s")
+IMPATIENT_SOURCE: Final = ("--stopped-timeout", "1s", "--connect-timeout", "5s")
 
 
 class Command:

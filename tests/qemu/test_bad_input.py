@@ -244,7 +244,8 @@ async def test_something_else_listens_for_the_source(
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve_destination, listener, answer)
-            src = await bench.start_source(source, listener.socket.getsockname()[1])
+            port = listener.socket.getsockname()[1]
+            src = await bench.start_source(source, port, "--connect-timeout", "2s")
             assert text in await fail(src, status, code)
             nursery.cancel_scope.cancel()
         await check_untouched(source, settings)
