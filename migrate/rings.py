@@ -61,7 +61,9 @@ class PinnedPages:
         for name, page in layout.physical.pages(layout.extents)[:MAX_PINNED_PAGES]:
             if name in self._names:
                 wanted.setdefault(self._names[name], []).append(page)
-        self._pinned = {block: np.unique(np.array(p, np.uint32)) for block, p in wanted.items()}
+        self._pinned = {
+            block: np.array(sorted(set(pages)), np.uint32) for block, pages in wanted.items()
+        }
         self._content: dict[tuple[int, int], bytes] = {}
 
     def see(self, event: PageRun | ZeroRun) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+import numpy.ma  # np.unique loads it at its first call: 10 ms amid a migration
 from numpy.typing import NDArray
 
 from proto.guest_events import PAGE_SIZE, RamBlock
