@@ -29,6 +29,10 @@ RUNNING_BACKLOG_S = 0.02
 """On a fast link what waits may be as much as passes in this time: less runs empty when a busy
 host gives one of our threads its processor late."""
 
+MIN_RUNNING_BACKLOG_BYTES = 2**20
+MOST_RUNNING_BACKLOG_S = 0.05
+"""On a slow link no more than passes in this time: QEMU does not know of it, so it is downtime."""
+
 STOPPED_BACKLOG_BYTES = 64 * 2**20
 """The same once the guest is stopped; the link drains it, the source QEMU never waits for us."""
 
@@ -320,5 +324,11 @@ class Sender:
 
     def _fit_backlog(self, raw_bps: float) -> None:
         if self.backlog.limit_bytes <= MAX_RUNNING_BACKLOG_BYTES:  # the guest runs
-            wanted = max(int(raw_bps * RUNNING_BACKLOG_S), RUNNING_BACKLOG_BYTES)
-            self.backlog.set_limit(min(wanted, MAX_RUNNING_BACKLOG_BYTES))
+            self.backlog.set_limit(running_backlog_bytes(raw_bps))
+
+
+def running_backlog_bytes(raw_bps: float) -> int:
+    """What may wait for a link that carries so many bytes of pages a second."""
+    wanted = max(raw_bps * RUNNING_BACKLOG_S, RUNNING_BACKLOG_BYTES)
+    most = max(raw_bps * MOST_RUNNING_BACKLOG_S, MIN_RUNNING_BACKLOG_BYTES)
+    return int(min(wanted, most, MAX_RUNNING_BACKLOG_BYTES))
