@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from migrate.lab.leaks import LeakWatch, Left, trends
+from migrate.lab.leaks import LeakWatch, Left, trends, verdict
 
 MIB: Final = 1 << 20
 
@@ -171,12 +171,15 @@ def test_one_that_is_left_once_and_stays_is_named(name: str) -> None:
 
 
 def test_what_goes_up_and_down_did_not_grow() -> None:
-    other = replace(FIRST, qemu_threads=5, qemu_bytes=430 * MIB, source_bytes=85 * MIB)
+    other = replace(FIRST, qemu_threads=5, qemu_bytes=430 * MIB, source_bytes=110 * MIB)
     assert grown([FIRST, other] * 50) == []
     assert grown([FIRST] * 50 + [other] * 50) == []
 
 
-def test_a_short_run_is_compared_by_its_ends() -> None:
+def test_a_short_run_is_compared_by_its_ends_and_says_nothing_of_memory() -> None:
+    more = replace(FIRST, source_bytes=300 * MIB, qemu_threads=9)
+    assert grown([FIRST] * 10 + [more] * 9) == []
+    assert grown([FIRST] * 10 + [more] * 10) == ["qemu_threads", "source_bytes"]
     assert grown([FIRST, replace(FIRST, files=10)]) == ["files"]
     with pytest.raises(ValueError, match="2 migrations or more"):
         trends([FIRST])
@@ -187,3 +190,11 @@ def test_a_trend_says_both_ends_and_what_grew() -> None:
     text = {trend.name: str(trend) for trend in trends(series)}
     assert text["files"] == "files: 9 to 9 (mean 9), at the end 11 to 11 (mean 11)  GREW"
     assert text["copies_bytes"].endswith("at the end 301 to 301 (mean 301)")
+
+
+def test_the_verdict_names_what_grew() -> None:
+    assert verdict([FIRST, FIRST])[1]
+    assert verdict([FIRST, FIRST])[0].endswith("\nno leaks")
+    text, tight = verdict([FIRST, replace(FIRST, files=11, tcp_sockets=1)])
+    assert not tight
+    assert text.endswith("\nLEAKS: tcp_sockets, files")
