@@ -33,6 +33,7 @@ def destination_report(
         session.ledger.add_bytes("control", max(0, received - session.ledger.wire_bytes))
         report.wire_bytes_back = link.sent_bytes
         tell_link(session, link, report)
+        report.back_to_precopy = link.session.turns
     session.builder.take_ledger(session.ledger)
     now_ns = session.runtime.now_ns()
     if error is not None:

@@ -26,6 +26,9 @@ COMMITTED recorded (destination)      destination    destination, by ``cont``
 RUNNING                               destination    destination
 ====================================  =============  =================================
 
+Up to VERIFIED a guest that has waited for the link for too long goes on, and the migration from
+pre-copy: ``migrate.way_back``.
+
 COMMIT_SENT is the point of no return: before it every failure leaves the guest to the source, after
 it the source never resumes unless the destination says that its copy is dead.
 

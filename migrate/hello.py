@@ -27,7 +27,9 @@ from proto.errors import MessageError
 from proto.guest_events import PAGE_SIZE
 from proto.limits import MAX_WARNINGS
 from proto.link import messages
+from proto.link.checks import choose_capabilities
 from proto.link.messages import CommitKind, Hello, Welcome
+from proto.link.vocabulary import PRECOPY_AGAIN
 from proto.packing import clip_text
 
 ANSWER_S = 60.0
@@ -57,6 +59,7 @@ class Agreement:
         not_checked: What the comparison could not look at.
         restore_balloon_bytes: Memory that the guest is to have again where it arrives; ``None``: it
             gave nothing back for its migration.
+        may_turn_back: The source may go back to pre-copy; at the destination the session knows.
     """
 
     migration_id: bytes
@@ -68,6 +71,7 @@ class Agreement:
     warnings: tuple[str, ...]
     not_checked: tuple[str, ...]
     restore_balloon_bytes: int | None = None
+    may_turn_back: bool = False
 
 
 async def introduce(
@@ -100,6 +104,7 @@ async def introduce(
         vm_id=vm_id,
         streams=streams,
         resume_token=runtime.random_bytes(TOKEN_BYTES),
+        optional=(PRECOPY_AGAIN,) if guest.can_start_again else (),
     )
     await link.send(hello)
     welcome: Welcome | None = None
@@ -114,6 +119,7 @@ async def introduce(
         slot_count=hello.cache_slots if welcome.landed else welcome.cache_slots,
         landed=frozenset(welcome.landed),
         old_pages=welcome.old_pages,
+        may_turn_back=PRECOPY_AGAIN in welcome.capabilities,
         warnings=tuple(welcome.warnings),
         not_checked=_not_checked(facts.missing, welcome.facts_missing),
     )
@@ -174,6 +180,7 @@ async def answer_hello(
             facts_missing=facts.missing,
             landed=landed,
             old_pages=old_pages,
+            capabilities=_capabilities(hello, kind),
             warnings=warnings[:MAX_WARNINGS],
             streams=hello.streams,
             join_token=runtime.random_bytes(TOKEN_BYTES) if hello.streams > 1 else b"",
@@ -190,6 +197,12 @@ async def answer_hello(
         not_checked=_not_checked(hello.facts_missing, facts.missing),
         restore_balloon_bytes=_restore_balloon(hello, facts),
     )
+
+
+def _capabilities(hello: Hello, kind: CommitKind) -> tuple[str, ...]:
+    """Those that are offered and can be used; a relayed handover is not ours to begin again."""
+    known = frozenset() if kind is CommitKind.RELAYED else frozenset({PRECOPY_AGAIN})
+    return choose_capabilities(hello, known)
 
 
 async def _prepare(

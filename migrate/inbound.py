@@ -119,6 +119,7 @@ class Inbound:
         self._queue: Backlog[tuple[int, Message]] = Backlog(MAX_QUEUED_BYTES)
         self._device_state: list[bytes] = []
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
+        self._before_stop: xxhash.xxh3_128 | None = None
         self._unmarked_bytes = self._device_state_bytes = 0
         self._answers = trio.Event()
         self._flowing = trio.Event()
@@ -219,6 +220,7 @@ class Inbound:
                     self.state.opaque_rest = self.state.opaque_rest or reason
                 return [Opaque(kind, data, reason)]
             case messages.Switchover(prelude):
+                self._before_stop = self._opaque_hash.copy()
                 self._opaque_hash.update(prelude)
                 self.state.stopped = True
                 return [Switchover(bytes(prelude))]
@@ -229,15 +231,36 @@ class Inbound:
                 self._device_state_bytes += raw_len
                 if self._device_state_bytes > MAX_DEVICE_STATE_BYTES:
                     raise PeerProtocolError(f"{self._link.peer} sends endless device state")
-            case messages.RoundEnd(round_no):
-                self.state.round_no = round_no + 1
-                self._ledger.start_round(len(self._ledger.rounds), 0)
+            case messages.RoundEnd():
+                self._begin_round()
+            case messages.PrecopyAgain():
+                self._begin_again()
             case messages.EndOfState():
                 if self.state.applier is None and not self.state.opaque_rest:
                     raise PeerProtocolError(f"{self._link.peer} ended a guest without RAM")
                 self.state.device_state = b"".join(self._device_state)
                 self.state.end = message
         return []
+
+    def _begin_round(self) -> None:
+        self.state.round_no += 1
+        self._ledger.start_round(len(self._ledger.rounds), 0)
+
+    def _begin_again(self) -> None:
+        """Forget the end of a stream that was broken off; the guest has got nothing of it.
+
+        Its pages stay: they are what the source's tables say of us.
+        """
+        if self.state.opaque_rest:
+            raise PeerProtocolError(
+                f"{self._link.peer} goes back to pre-copy, and the guest has got what follows"
+            )
+        self._device_state.clear()
+        self._device_state_bytes = 0
+        if self._before_stop is not None:
+            self._opaque_hash, self._before_stop = self._before_stop, None
+        self.state.stopped = False
+        self._begin_round()
 
     def _decode_pages(self, batch: PageBatch) -> list[GuestEvent]:
         applier = self.state.applier

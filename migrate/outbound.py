@@ -5,6 +5,10 @@
 The unit is a batch of 256 to 1024 pages. Order is kept: a message takes its place in the backlog
 before it is encoded, and only encoding runs out of order. What waits between the guest and the
 link is bounded: tightly while the guest runs, by ``STOPPED_BACKLOG_BYTES`` once it is stopped.
+
+Where the migration goes back to pre-copy (``migrate.way_back``), the stages stay as they are and
+another stream of the guest's enters the first one. What was classified by then is sent all the
+same: the tables of both ends count with it.
 """
 
 from collections.abc import Callable
@@ -24,7 +28,13 @@ from migrate.pages.page_cache import affordable_slots, less_cache
 from migrate.params import Compress
 from migrate.ring_guard import SourceRingGuard
 from migrate.runtime import Costs, Runtime, Step
-from migrate.sending import STOPPED_BACKLOG_BYTES, Outgoing, Sender
+from migrate.sending import (
+    RUNNING_BACKLOG_BYTES,
+    STOPPED_BACKLOG_BYTES,
+    Outgoing,
+    Sender,
+)
+from migrate.splicing import Splice
 from proto.codecs import CodecId, make_codec
 from proto.guest_events import (
     PAGE_SIZE,
@@ -65,7 +75,16 @@ STATE_CODEC = CodecSetting("zstd", 1)
 POSTCOPY_ADVISE = bytes.fromhex("08 0003 0010")
 """How QEMU announces at the start of a stream that it may switch to postcopy."""
 
-Classified = ClassifiedPages | GuestEvent
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Stands between two streams of the guest's; ``count`` as in PRECOPY_AGAIN."""
+
+    count: int
+
+
+Read = GuestEvent | Turn
+Classified = ClassifiedPages | GuestEvent | Turn
 """Page events are replaced by their classes, all others pass."""
 
 
@@ -96,7 +115,7 @@ class OutboundState:
 
 
 class Outbound:
-    """Runs the source's pipeline from the first event to END_OF_STATE."""
+    """Runs the source's pipeline from the first event to END_OF_STATE, and again where need be."""
 
     def __init__(
         self,
@@ -119,6 +138,16 @@ class Outbound:
         self._landed = landed
         self._compress = compress
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
+        self._before_stop: xxhash.xxh3_128 | None = None
+        self._splice = Splice()
+        self._to_classify, self._read_out = trio.open_memory_channel[list[Read]](0)
+        self._nursery: trio.Nursery | None = None
+        self._reading = trio.CancelScope()
+        self._left = trio.Event()
+        self._judging = trio.CancelScope()
+        self._judged = trio.Event()
+        self._judged.set()
+        self._turned_back = False
         self._encoder = PageEncoder(compress, runtime)
         self.sender = sender
         self.rings = rings
@@ -128,7 +157,7 @@ class Outbound:
         self.state = OutboundState()
 
     async def run(self, pending: list[GuestEvent]) -> None:
-        """Carry everything over; returns when END_OF_STATE is sent.
+        """Carry everything over; run this as a task as long as the migration lasts.
 
         Args:
             pending: Events that were already taken from the guest.
@@ -137,31 +166,68 @@ class Outbound:
             GuestError: The guest's stream broke.
             PeerLostError: The link broke.
         """
-        to_classify, read = trio.open_memory_channel[list[GuestEvent]](0)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read, to_classify, pending)
-            nursery.start_soon(self._classify_all, read, nursery)
-            nursery.start_soon(self._follow_switchover)
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._classify_all, self._nursery)
+            self._nursery.start_soon(self._read_stream, pending)
             await self.sender.run()
-            nursery.cancel_scope.cancel()
+
+    # --- back to pre-copy ---------------------------------------------------------------------
+
+    def turn_back(self) -> None:
+        """Read no more of this stream, and send no end of it; call while there is no link."""
+        self._turned_back = True
+        self.sender.turn_back()
+        self._reading.cancel()
+        self._judging.cancel()
+
+    async def wait_left(self) -> None:
+        """Wait until nothing is read from the guest any more; it is not asked for rings either."""
+        await self._left.wait()
+        await self._judged.wait()
+
+    def guest_runs(self) -> None:
+        """Say that the guest goes on at the source."""
+        self.state.switchover_at_ns = None
+        self.sender.backlog.set_limit(RUNNING_BACKLOG_BYTES)
+
+    async def say_again(self, count: int) -> None:
+        """Say PRECOPY_AGAIN behind what is left of this stream; returns when it was heard."""
+        await self._to_classify.send([Turn(count)])
+        await self.sender.wait_turned()
+
+    def read_another(self) -> None:
+        """Go on with another stream of the guest's, which has begun."""
+        assert self._nursery is not None, "run() comes first"
+        self._reading, self._left = trio.CancelScope(), trio.Event()
+        self._splice.begin_another()
+        self._nursery.start_soon(self._read_stream, [])
 
     # --- read ---------------------------------------------------------------------------------
 
-    async def _read(
-        self, out: trio.MemorySendChannel[list[GuestEvent]], pending: list[GuestEvent]
-    ) -> None:
+    async def _read_stream(self, pending: list[GuestEvent]) -> None:
+        """Read one stream up to its end, or until the migration turns back."""
+        try:
+            with self._reading:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._follow_switchover)
+                    await self._read(pending)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._left.set()
+
+    async def _read(self, pending: list[GuestEvent]) -> None:
         events = pending
-        async with out:
-            while True:
-                if any(isinstance(event, Switchover) for event in events):
-                    self._guest_stopped()
-                if events:
-                    self._copies.keep(events)
-                    await out.send(events)
-                if events and isinstance(events[-1], End):
-                    return
-                await self._wait_link()
-                events = await self._guest.next_events(self._burst_bytes())
+        while True:
+            if any(isinstance(event, Switchover) for event in events):
+                self._guest_stopped()
+            last = events[-1] if events else None
+            if events := self._splice.take(events):
+                self._copies.keep(events)
+                await self._to_classify.send(list(events))
+            if isinstance(last, End):
+                return
+            await self._wait_link()
+            events = await self._guest.next_events(self._burst_bytes())
 
     async def _wait_link(self) -> None:
         """Read nothing from a guest that runs while there is no link.
@@ -193,23 +259,22 @@ class Outbound:
 
     # --- classify -----------------------------------------------------------------------------
 
-    async def _classify_all(
-        self, read: trio.MemoryReceiveChannel[list[GuestEvent]], nursery: trio.Nursery
-    ) -> None:
-        async with read:
-            async for events in read:
-                classified = await self._runtime.work(
-                    Step.CLASSIFY, _classify_costs(events), self._classify, events
-                )
-                while self._warnings:
-                    self._warn(self._warnings.pop())
-                for item in classified:
-                    if isinstance(item, ClassifiedPages):
-                        await self._put_pages(item, nursery)
-                    else:
-                        await self._put_event(item)
+    async def _classify_all(self, nursery: trio.Nursery) -> None:
+        async for events in self._read_out:
+            classified = await self._runtime.work(
+                Step.CLASSIFY, _classify_costs(events), self._classify, events
+            )
+            while self._warnings:
+                self._warn(self._warnings.pop())
+            for item in classified:
+                if isinstance(item, ClassifiedPages):
+                    await self._put_pages(item, nursery)
+                elif isinstance(item, Turn):
+                    await self._put_turn(item)
+                elif not self._turned_back:
+                    await self._put_event(item)
 
-    def _classify(self, events: list[GuestEvent]) -> list[Classified]:
+    def _classify(self, events: list[Read]) -> list[Classified]:
         """Classify the pages of a burst, in order; runs in a thread, one burst at a time."""
         classified: list[Classified] = []
         rule = self._encoder.keep_rule()
@@ -284,10 +349,11 @@ class Outbound:
                 self.state.blocks = blocks
                 self._opaque_hash.update(start)
                 await self._put(messages.RamBlockTable(blocks, start))
-            case RoundEnd(round_no):
-                self.state.round_no = round_no + 1
-                await self._put(messages.RoundEnd(round_no))
+            case RoundEnd():  # its own number counts in one stream only
+                self.state.round_no += 1
+                await self._put(messages.RoundEnd(self.state.round_no - 1))
             case Switchover(prelude):
+                self._before_stop = self._opaque_hash.copy()
                 self._opaque_hash.update(prelude)
                 await self._put(messages.Switchover(prelude))
             case Opaque():
@@ -296,8 +362,28 @@ class Outbound:
                 await self._put_device_state(data)
             case End(run_state):
                 self.state.run_state = run_state
+                await self._judge_rings()
+                if not self._turned_back:
+                    await self._put(self._end_of_state(run_state))
+
+    async def _judge_rings(self) -> None:
+        self._judged = trio.Event()
+        try:
+            with self._judging:
                 await self.rings.settle()
-                await self._put(self._end_of_state(run_state))
+        finally:
+            self._judged.set()
+
+    async def _put_turn(self, turn: Turn) -> None:
+        """What was put of this stream's end counts no more."""
+        self._turned_back = False
+        self._judging = trio.CancelScope()
+        if self._before_stop is not None:
+            self._opaque_hash, self._before_stop = self._before_stop, None
+        self.rings.forget_state()
+        self.state.run_state = None
+        self.state.round_no += 1
+        await self._put(messages.PrecopyAgain(turn.count))
 
     async def _put(self, message: Message, raw_bytes: int = 0) -> None:
         item = Outgoing(self.state.round_no, message, raw_bytes=raw_bytes)
@@ -366,6 +452,6 @@ def _split(pages: ClassifiedPages) -> list[ClassifiedPages]:
     return [part for part in parts if part.page_count]
 
 
-def _classify_costs(events: list[GuestEvent]) -> Costs:
+def _classify_costs(events: list[Read]) -> Costs:
     """What classifying a burst is made of."""
     return [("", event.data.nbytes) for event in events if isinstance(event, PageRun)]

@@ -220,6 +220,9 @@ class Probe:
         if phases is None or recorder is None or self._after_marked:
             return
         stopped_ns = phases.stopped_ns()
+        if stopped_ns is None and self._stopped_ns is not None:  # back to pre-copy
+            self._stopped_ns = self._back_ns = None
+            recorder.mark(max(self._rounds_marked - 1, 0), time.monotonic_ns())
         for counts in phases.ledger.rounds[self._rounds_marked :]:
             self._rounds_marked += 1
             if stopped_ns is None or counts.started_ns < stopped_ns:

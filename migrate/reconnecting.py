@@ -41,6 +41,8 @@ class SourcePatience:
     Attributes:
         stopped_ns: When the guest was stopped for its switchover; None while it runs, and for one
             that was paused before.
+        turns_back: Asked once a guest has stood still for long enough: whether it goes on, and the
+            link is waited for as if it had never been stopped.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class SourcePatience:
         self._connect_s = connect_s
         self._stopped_s = timeouts.stopped_wait_s(limit_ms)
         self.stopped_ns: Callable[[], int | None] = lambda: None
+        self.turns_back: Callable[[], bool] = lambda: False
         self._handover: SourceHandover | None = None
 
     def watch(self, handover: SourceHandover, stopped_ns: Callable[[], int | None]) -> None:
@@ -92,7 +95,9 @@ class SourcePatience:
         if stopped_ns is None or patient:
             return down_s >= self._timeouts.reconnect_s
         stood_s = (self._now_ns() - stopped_ns) / 1e9
-        return min(down_s, stood_s) >= self._stopped_s
+        if min(down_s, stood_s) < self._stopped_s:
+            return False
+        return down_s >= self._timeouts.reconnect_s or not self.turns_back()
 
     def silence_s(self) -> float:
         """How long a connection may say nothing: less where a guest waits for it."""

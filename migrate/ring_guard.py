@@ -105,6 +105,11 @@ class SourceRingGuard:
         """Keep a piece of the device state; the pieces come in order and are bounded."""
         self._state += data
 
+    def forget_state(self) -> None:
+        """The guest runs again: it will have another device state."""
+        self._state.clear()
+        self.verdict = None
+
     @property
     def all_checked(self) -> bool:
         """Whether every ring in use was found to be consistent."""

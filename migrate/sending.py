@@ -96,7 +96,7 @@ class Sender:
         credit: How much may be under way.
         round_notes: By round number.
         device_state_ns: When the last page was sent and device state began, None before.
-        ended_ns: When END_OF_STATE was sent, None before.
+        ended_ns: When END_OF_STATE was sent, None before, and again once it is taken back.
     """
 
     def __init__(
@@ -115,6 +115,11 @@ class Sender:
         self.device_state_ns: int | None = None
         self.ended_ns: int | None = None
         self._acked = trio.Event()
+        self._ended = trio.Event()
+        self._ending = trio.CancelScope()
+        self._turned_back = False
+        self._turn_seq: int | None = None
+        self._rounds = 0
         self._sent_ns: dict[int, int] = {}
         self._framed_wire_bytes = self._framed_raw_bytes = 0
         self._consumed_wire_bytes = self._consumed_raw_bytes = 0
@@ -132,9 +137,8 @@ class Sender:
         )
 
     async def run(self) -> None:
-        """Send until END_OF_STATE is out."""
-        self._ledger.start_round(0, self._now_ns())
-        rounds = 1
+        """Send what comes; run this as a task as long as the migration lasts."""
+        self._start_round()
         while True:
             if self.backlog.is_empty:
                 self._starved = True
@@ -145,17 +149,66 @@ class Sender:
                 await item.ready.wait()
                 self._waits_for_encoder = False
             assert item.message is not None
-            if isinstance(item.message, messages.RoundEnd):
-                self._ledger.start_round(rounds, self._now_ns())
-                rounds += 1
+            if isinstance(item.message, messages.EndOfState):
+                await self._send_end(item)
+                continue
+            if isinstance(item.message, messages.RoundEnd | messages.PrecopyAgain):
+                self._start_round()
             if isinstance(item.message, messages.DeviceStateData) and not self.device_state_ns:
                 self.device_state_ns = self._now_ns()
             await self._wait_credit()
             await self._send_one(item)
-            if isinstance(item.message, messages.EndOfState):
-                await self._link.flush()
-                self.ended_ns = self._now_ns()
-                return
+            if isinstance(item.message, messages.PrecopyAgain):
+                self._turn()
+
+    def _start_round(self) -> None:
+        self._ledger.start_round(self._rounds, self._now_ns())
+        self._rounds += 1
+
+    async def _send_end(self, item: Outgoing) -> None:
+        """Send END_OF_STATE, unless it is taken back meanwhile.
+
+        Where it has its number by then, the session takes it back with the next epoch.
+        """
+        if self._turned_back:
+            return
+        with self._ending:
+            await self._wait_credit()
+            await self._send_one(item)
+            await self._link.flush()
+        if not self._turned_back:
+            self.ended_ns = self._now_ns()
+            self._ended.set()
+
+    async def wait_ended(self) -> None:
+        """Wait until END_OF_STATE is out."""
+        await self._ended.wait()
+
+    # --- back to pre-copy -----------------------------------------------------------------------
+
+    def turn_back(self) -> None:
+        """Say no END_OF_STATE before PRECOPY_AGAIN; call while there is no link."""
+        self._turned_back = True
+        self._turn_seq = None
+        self._ending.cancel()
+        self.ended_ns = self.device_state_ns = None
+        self._ended = trio.Event()
+
+    def _turn(self) -> None:
+        self._turned_back = False
+        self._ending = trio.CancelScope()
+        self._turn_seq = self._link.session.window.sent_seq
+        self._ring()
+
+    async def wait_turned(self) -> None:
+        """Wait until the destination has heard PRECOPY_AGAIN, and so all before it."""
+        window = self._link.session.window
+        while self._turn_seq is None or window.received_seq < self._turn_seq:
+            await self._acked.wait()
+
+    def _ring(self) -> None:
+        self._acked.set()
+        self._acked = trio.Event()
 
     @property
     def is_cut_off(self) -> bool:
@@ -303,8 +356,7 @@ class Sender:
             starved, self._starved = self._starved, False
             self.goodput.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
             self.credit.acked(wire_bytes, raw_bytes, now_ns, source_limited=starved)
-        self._acked.set()
-        self._acked = trio.Event()
+        self._ring()
 
     def _take_received(self, retained_bytes: int, raw_bytes: int, now_ns: int) -> None:
         """Learn the link's own rate from what arrived, whether or not the guest took it in.

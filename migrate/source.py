@@ -9,6 +9,7 @@ here.
 
 import contextlib
 import os
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ from migrate.source_report import progress_state, source_report
 from migrate.stalling import StallWatch
 from migrate.transport.guard import Guard
 from migrate.transport.link import Link
+from migrate.way_back import WayBack
 from proto.errors import QemuStreamError
 from proto.guest_events import GuestEvent
 from proto.link import messages
@@ -252,8 +254,9 @@ class SourceRun:
                 vm_id=vm_id,
                 streams=params.streams,
             )
-            self._agreed(guest, agreement, await open_streams(link, open_one))
-            await self._carry(guest, link, agreement, pending)
+            open_more = partial(open_streams, link, open_one)
+            self._agreed(guest, agreement, await open_more())
+            await self._carry(guest, link, agreement, pending, open_more)
             nursery.cancel_scope.cancel()
 
     def _wait_for(self, link: Link) -> SourcePatience:
@@ -330,6 +333,7 @@ class SourceRun:
         link: Link,
         agreement: Agreement,
         pending: list[GuestEvent],
+        open_more: Callable[[], Awaitable[list[str]]],
     ) -> None:
         """Carry the guest over and hand it over, watching link and guest beside it."""
         session = self._session
@@ -341,6 +345,8 @@ class SourceRun:
             return guest.stopped_at_ns or outbound.state.switchover_at_ns
 
         self._patience.watch(handover, lambda: stopped_ns() if guest.was_running else None)
+        way_back = WayBack(handover, session, open_more, agreed=agreement.may_turn_back)
+        self._patience.turns_back = way_back.turns_back
         self._probe.follow(
             MigrationPhases(session.ledger, stopped_ns, lambda: handover.times.running_ns)
         )
@@ -348,8 +354,7 @@ class SourceRun:
             link,
             outbound.sender,
             lambda: outbound.state.switchover_at_ns is not None,
-            self._params.timeouts,
-            self._params.max_bandwidth_bps,
+            *(self._params.timeouts, self._params.max_bandwidth_bps),
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
@@ -367,9 +372,8 @@ class SourceRun:
             session.builder.setup_done(self._runtime.now_ns())
             await guest.start()
             session.builder.report.local_channels = guest.local_channels
-            await outbound.run(pending)
-            session.enter("handover")
-            await handover.hand_over()
+            nursery.start_soon(outbound.run, pending)
+            await way_back.hand_over()
             session.enter("done")
             await self._farewell(guest, link)
             await self._copies.publish()

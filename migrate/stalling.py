@@ -64,10 +64,11 @@ class StallWatch:
     async def _watch(self, state: Callable[[], Hashable], limit_s: float, when: str) -> None:
         limit_s += self._paying_s
         await wait_stalled(state, limit_s)
-        if self._sender.ended_ns is None:
-            raise DeadlineExceededError(
-                f"{self._link.peer} has taken nothing in for {limit_s:.0f} s{when}"
-            )
+        while self._sender.ended_ns is not None:  # perhaps only until it is taken back
+            await wait_stalled(state, limit_s)
+        raise DeadlineExceededError(
+            f"{self._link.peer} has taken nothing in for {limit_s:.0f} s{when}"
+        )
 
     def _precopy_state(self) -> Hashable:
         window = self._link.session.window

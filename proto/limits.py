@@ -61,6 +61,9 @@ MIN_JOIN_TOKEN_BYTES: Final = 16
 MAX_EPOCHS: Final = (1 << 32) - 1
 """Epochs of a link: one attempt to resume a second goes on for 136 years."""
 
+MAX_TURNS: Final = 16
+"""How often a migration may go back to pre-copy; each time the guest stood still for nothing."""
+
 MAX_CONTROL_BYTES: Final = 16 << 20
 """Control messages that are kept until the other end has confirmed them: digests of an old copy go
 out by the megabyte; all others are small and few."""

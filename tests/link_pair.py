@@ -14,10 +14,11 @@ from proto.link.pages import PageBatch
 from proto.link.session import LinkSession
 from proto.link.state import Direction, LinkState, Role, next_state
 from proto.link.strangers import decode_later
+from proto.link.vocabulary import PRECOPY_AGAIN
 from tests.strategies import BLOCKS, CACHE_SLOTS, page_array, receive, same_message
 
 DIGEST = bytes(16)
-HELLO = m.Hello(DIGEST, 1, CACHE_SLOTS, {"smp": 2}, optional=("a", "b"))
+HELLO = m.Hello(DIGEST, 1, CACHE_SLOTS, {"smp": 2}, optional=("a", "b", PRECOPY_AGAIN))
 TABLE = m.RamBlockTable(BLOCKS, b"start section")
 PAGES = PageBatch(
     0,
@@ -46,7 +47,7 @@ STATE: list[Message] = [
 
 
 def welcome(kind: m.CommitKind = m.CommitKind.HELD, slots: int = CACHE_SLOTS) -> m.Welcome:
-    return m.Welcome(kind.value, slots, None, "not asked")
+    return m.Welcome(kind.value, slots, None, "not asked", capabilities=(PRECOPY_AGAIN,))
 
 
 class End(LinkSession):
@@ -154,6 +155,7 @@ EXAMPLES: dict[FrameType, Message] = {
     message.frame_type: message
     for message in [
         *STATE,
+        m.PrecopyAgain(1),
         HELLO,
         m.Commit(),
         m.SourceDone(),

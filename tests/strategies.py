@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proto.codecs import CodecId
 from proto.guest_events import PAGE_SIZE, OpaqueKind, RamBlock
-from proto.limits import NOT_CACHED
+from proto.limits import MAX_TURNS, NOT_CACHED
 from proto.link import messages as m
 from proto.link import vocabulary
 from proto.link.frames import Buffer, FrameType
@@ -129,6 +129,7 @@ MESSAGES: Final[Mapping[FrameType, st.SearchStrategy[m.Message]]] = {
     FrameType.END_OF_STATE: st.builds(
         m.EndOfState, st.none() | names, digests, digests, u64, st.booleans()
     ),
+    FrameType.PRECOPY_AGAIN: st.builds(m.PrecopyAgain, st.integers(1, MAX_TURNS)),
     FrameType.HELLO: st.builds(
         m.Hello,
         migration_id=digests,

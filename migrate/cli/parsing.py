@@ -126,8 +126,8 @@ def add_reconnect(parser: argparse.ArgumentParser, *, stopped: bool) -> None:
     if stopped:
         group.add_argument(
             "--stopped-timeout", metavar="TIME", type=checked(parse_seconds), default=None,
-            help="the same while the guest stands still; then it goes on here (default: 3s beyond "
-            "--downtime-limit)",
+            help="the same while the guest stands still; then it goes on here, and later from "
+            "pre-copy (default: 3s beyond --downtime-limit)",
         )  # fmt: skip
 
 

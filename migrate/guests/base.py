@@ -101,10 +101,12 @@ class SourceGuest(Protocol):
         stopped_at_ns: Monotonic time of its stop for the switchover; None before, or not known.
         name: For messages to people.
         place: Where recovery finds it.
+        can_start_again: After ``turn_back`` it can be told to begin its migration anew.
     """
 
     form: str
     return_path: bool
+    can_start_again: bool
     was_running: bool | None
     stopped_at_ns: int | None
     name: str
@@ -123,7 +125,7 @@ class SourceGuest(Protocol):
         ...
 
     async def start(self) -> None:
-        """Begin the migration; events flow from then on."""
+        """Begin the migration; events flow from then on. Again after ``turn_back``."""
         ...
 
     async def next_events(self, burst_bytes: int) -> list[GuestEvent]:
@@ -168,6 +170,10 @@ class SourceGuest(Protocol):
 
     async def go_on(self) -> Whereabouts:
         """Call the migration off so that the guest is as it was; say where it is now."""
+        ...
+
+    async def turn_back(self) -> Whereabouts:
+        """As ``go_on``, only that ``start`` will come again; nobody waits for events."""
         ...
 
     async def finish(self, *, quit_guest: bool) -> None:

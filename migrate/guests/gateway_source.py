@@ -53,6 +53,7 @@ class GatewaySource:
     """
 
     form = "gateway"
+    can_start_again = False
     virtio_devices = staticmethod(virtio_devices)
     was_running: bool | None = None
     place = QemuPlace()
@@ -289,6 +290,10 @@ class GatewaySource:
             return True
         stopped_unseen = not was_stopped and self.stopped_at_ns is not None
         return None if reading.cancelled_caught or stopped_unseen else False
+
+    async def turn_back(self) -> Whereabouts:
+        """Nobody here can tell this QEMU to migrate again."""
+        return await self.go_on()
 
     async def finish(self, *, quit_guest: bool) -> None:
         """Nothing: the source QEMU belongs to somebody else."""

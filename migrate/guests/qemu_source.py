@@ -100,6 +100,7 @@ class QemuSource:
     """
 
     form = "qmp"
+    can_start_again = True
     return_path = True
     virtio_devices = staticmethod(virtio_devices)
 
@@ -126,7 +127,7 @@ class QemuSource:
         self._powered_off = False
         self._paused_by_user = False
         self._switched_over = False
-        self._let_go = False
+        self._let_go = self._has_started = False
         self._warn = warn
         self._channels = LocalChannels(0)
         self.name = name
@@ -161,7 +162,9 @@ class QemuSource:
         """
         if self.settings is not None:
             await self.settings.apply()
-        await self._choose_channels()
+        if not self._has_started:
+            await self._choose_channels()
+        self._has_started = True
         listener = await listen(UnixAddress(self._socket_path), "the source QEMU")
         try:
             # Not to be cancelled in between: 7.2 hangs if it finds nobody for one of its channels.
@@ -318,6 +321,15 @@ class QemuSource:
         except trio.TooSlowError:
             text = f"{self.name} does not answer; ask 'info status' in its monitor"
             return Whereabouts(GuestOn.UNKNOWN, text)
+
+    async def turn_back(self) -> Whereabouts:
+        """As ``go_on``: what QEMU was told for its migration stays as it is for the next."""
+        where = await self.go_on()
+        self._hop = None
+        self._switchover_seen = trio.Event()
+        if where.run_state == "running":
+            self.stopped_at_ns = None
+        return where
 
     async def _cancel_reading(self, hop: MultifdHop) -> None:
         """Cancel while QEMU can still write on all channels: see ``MultifdHop.discard``."""

@@ -75,6 +75,7 @@ class SimulatedSource:
     """
 
     form = "simulate"
+    can_start_again = True
     return_path = True
     place = QemuPlace()
     local_channels = None
@@ -153,9 +154,14 @@ class SimulatedSource:
         return self.guest.ram.view_cpu.read(address, length) if inside else None
 
     async def start(self) -> None:
-        """Begin the first round."""
+        """Begin the first round, or after ``turn_back`` another one over all of memory."""
         await trio.lowlevel.checkpoint()
         self._synced_ns = self._now_ns()
+        if self._begun:
+            self._begun = False
+            self._round_no += 1
+            self._walk, self._meter = DirtyWalk(), IntakeMeter(self._now_ns)
+            self._watch = ConvergenceWatch(self._limit_ms)
 
     async def next_events(self, burst_bytes: int) -> list[GuestEvent]:
         """The next pages, or what comes between and after them.
@@ -182,7 +188,7 @@ class SimulatedSource:
 
     def _begin(self) -> RamBlocks:
         self._begun = True
-        self._service.round_begins(self.guest, 0)
+        self._service.round_begins(self.guest, self._round_no)
         self.guest.harvest()
         self._walk.add(self.guest.ram.present_pages())
         self._meter.start()
@@ -304,12 +310,25 @@ class SimulatedSource:
     async def go_on(self) -> Whereabouts:
         """Let the guest go on here."""
         await trio.lowlevel.checkpoint()
+        self._run_on()
+        self._service.runs(self.guest)
+        self._stays_since_ns = self.guest.queue.now_ns
+        return self._is_here()
+
+    def _run_on(self) -> None:
         self._driver.catch_up()
         if self.stopped_at_ns is not None:
             self.stopped_at_ns = None
             self.guest.resume()
-        self._service.runs(self.guest)
-        self._stays_since_ns = self.guest.queue.now_ns
+
+    async def turn_back(self) -> Whereabouts:
+        """Let the guest go on here; to its service it is the round of before."""
+        await trio.lowlevel.checkpoint()
+        self._run_on()
+        self._service.round_begins(self.guest, self._round_no)
+        return self._is_here()
+
+    def _is_here(self) -> Whereabouts:
         text = "the simulated guest runs at the source, until this command ends"
         return Whereabouts(GuestOn.SOURCE, text, "running")
 

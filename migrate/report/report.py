@@ -273,6 +273,8 @@ class Report:
     reconnects: int = 0
     outage_ms: float = 0.0
     cuts: list[CutReport] = field(default_factory=list)
+    back_to_precopy: int = 0
+    back_to_precopy_stopped_ms: float = 0.0
     predicted: Prediction | None = None
     old_copy: OldCopyReport | None = None
     checkpoint: CheckpointReport | None = None

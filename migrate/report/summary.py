@@ -198,11 +198,21 @@ def _headline(report: Report) -> list[str]:
         lines.append(_labelled("QEMU", report.qemu_version))
     if report.reconnects:
         lines.append(_labelled("reconnects", _reconnects_text(report)))
+    if report.back_to_precopy:
+        lines.append(_labelled("went back", _back_text(report)))
     if report.predicted is not None:
         predicted = report.predicted
         times = format_ms(predicted.total_ms), format_ms(predicted.downtime_ms)
         lines.append(_labelled("predicted", f"total {times[0]}, downtime {times[1]}"))
     return lines
+
+
+def _back_text(report: Report) -> str:
+    times = "once" if report.back_to_precopy == 1 else f"{report.back_to_precopy} times"
+    if report.role == "destination":
+        return f"to pre-copy {times}"
+    stood_still = format_ms(report.back_to_precopy_stopped_ms)
+    return f"to pre-copy {times}, after the guest had stood still for {stood_still}"
 
 
 def _reconnects_text(report: Report) -> str:

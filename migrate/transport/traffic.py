@@ -375,6 +375,11 @@ class Traffic:
         while self.outage is None:
             await self._news.wait(lambda: self.outage is not None)
 
+    async def wait_up(self) -> None:
+        """Wait for the end of a cut."""
+        while self.outage is not None:
+            await self._news.wait(lambda: self.outage is None)
+
     async def wait_epoch_after(self, epoch: int) -> None:
         """Wait for another epoch than this one to begin."""
         while self.session.epoch == epoch:

@@ -10,9 +10,10 @@ from proto.link.messages import (
     DigestReply,
     Hello,
     OldCopy,
+    PrecopyAgain,
     Welcome,
 )
-from proto.link.vocabulary import OLDEST_VERSION, PROTOCOL_VERSION
+from proto.link.vocabulary import OLDEST_VERSION, PRECOPY_AGAIN, PROTOCOL_VERSION
 
 
 def check_welcome(where: str, hello: Hello, welcome: Welcome) -> None:
@@ -51,6 +52,18 @@ def _check_join_token(where: str, welcome: Welcome) -> None:
     if welcome.streams > 1 and length < MIN_JOIN_TOKEN_BYTES:
         expected = f"a join token of {MIN_JOIN_TOKEN_BYTES} bytes or more"
         raise MessageError(where, expected, f"{length} bytes")
+
+
+def check_turn(where: str, welcome: Welcome | None, turns: int, again: PrecopyAgain) -> None:
+    """Check that going back to pre-copy was agreed upon, and is counted.
+
+    Raises:
+        MessageError: It was not, or is not.
+    """
+    if welcome is None or PRECOPY_AGAIN not in welcome.capabilities:
+        raise MessageError(where, f"the capability {PRECOPY_AGAIN!r}", "it was not agreed upon")
+    if again.count != turns + 1:
+        raise MessageError(where, f"count {turns + 1}", str(again.count))
 
 
 @dataclass(slots=True)

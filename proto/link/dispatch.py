@@ -372,6 +372,7 @@ FRAMES: Final[Mapping[FrameType, FrameRule]] = MappingProxyType(
             _encode_device_state, _decode_device_state, DEVICE_STATE.size, MAX_DATA_BYTES
         ),
         FrameType.END_OF_STATE: _numbered(_encode_map, _map_decoder(m.EndOfState), _SMALL),
+        FrameType.PRECOPY_AGAIN: _numbered(_encode_map, _map_decoder(m.PrecopyAgain), _SMALL),
         FrameType.HELLO: FrameRule(
             False, MAX_GREETING_BYTES, 0, True, False, _encode_map, _decode_hello
         ),

@@ -22,7 +22,7 @@ from proto.errors import (
 )
 from proto.guest_events import NEED_DATA, NeedData
 from proto.link.account import BYTE_CLASSES, account, raw_bytes
-from proto.link.checks import Announced, check_reply, check_welcome
+from proto.link.checks import Announced, check_reply, check_turn, check_welcome
 from proto.link.connection import Arrival
 from proto.link.control import ControlLog, is_counted
 from proto.link.dispatch import FRAMES, Context, decode_message, encode_message
@@ -36,6 +36,7 @@ from proto.link.messages import (
     KeepAlive,
     Message,
     OldCopy,
+    PrecopyAgain,
     RamBlockTable,
     Welcome,
 )
@@ -94,6 +95,7 @@ class Exchange:
         sequence: What the destination received (destination only).
         control: Control messages that this end said and heard.
         epoch: How often the link was taken up again.
+        turns: How often the source went back to pre-copy.
         taken_bytes: Wire bytes of all frames that became messages.
         sent_bytes: Account of everything ``send`` returned, keys ``BYTE_CLASSES``; they sum to
             the bytes on the wire, all connections.
@@ -116,6 +118,7 @@ class Exchange:
         self.sequence = ReceiveSequence()
         self.control = ControlLog()
         self.epoch = 0
+        self.turns = 0
         self.taken_bytes = 0
         self.sent_bytes = dict.fromkeys(BYTE_CLASSES, 0)
         self._capabilities = capabilities
@@ -126,6 +129,8 @@ class Exchange:
         self._left: LinkClosed | None = None
         self._told_short = False
         self._caught_up: Ack | None = None
+        self._before_end = LinkState.START
+        self._wants_end_back = False
         self._joining = True
         self._query: DigestQuery | None = None
         self._announced = Announced()
@@ -199,6 +204,8 @@ class Exchange:
             self._last_words = frozenset()
             return
         state = self._move(self.state, message.frame_type, Direction.SENT)
+        if state is LinkState.STATE_COMPLETE and self.state is not state:
+            self._before_end = self.state
         if state is not None:
             self.state = state
         self._remember(message)
@@ -336,6 +343,8 @@ class Exchange:
             check_welcome(where, self.hello, message)
         elif isinstance(message, DigestReply):
             check_reply(where, self._query, message)
+        elif isinstance(message, PrecopyAgain):
+            check_turn(where, self.welcome, self.turns, message)
         elif isinstance(message, OldCopy):
             self._announced.take(where, self.welcome, message)
         return message
@@ -347,6 +356,8 @@ class Exchange:
                 check_welcome("WELCOME", self.hello, message)
             elif isinstance(message, DigestReply):
                 check_reply("DIGEST_REPLY", self._query, message)
+            elif isinstance(message, PrecopyAgain):
+                check_turn("PRECOPY_AGAIN", self.welcome, self.turns, message)
             elif isinstance(message, OldCopy):
                 self._announced.take("OLD_COPY", self.welcome, message)
         except RemoteProtocolError as exc:
@@ -370,6 +381,8 @@ class Exchange:
             )
         elif isinstance(message, DigestQuery):
             self._query = message
+        elif isinstance(message, PrecopyAgain):
+            self.turns = message.count
 
     def _move(
         self, state: LinkState, frame_type: FrameType, direction: Direction

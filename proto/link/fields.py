@@ -22,6 +22,7 @@ from proto.limits import (
     MAX_STREAMS,
     MAX_TEXT_BYTES,
     MAX_TOKEN_BYTES,
+    MAX_TURNS,
     MAX_VM_ID_BYTES,
     MAX_WARNINGS,
     MIGRATION_ID_BYTES,
@@ -73,6 +74,7 @@ FIELDS: Final[Mapping[FrameType, Mapping[str, Check]]] = MappingProxyType(
             "page_count": U64,
             "rings_checked": boolean,
         },
+        FrameType.PRECOPY_AGAIN: {"count": integer(1, MAX_TURNS)},
         FrameType.HELLO: {
             "version": U16,
             "oldest": U16,

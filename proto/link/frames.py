@@ -58,6 +58,7 @@ class FrameType(enum.IntEnum):
     SWITCHOVER = 5
     DEVICE_STATE = 6
     END_OF_STATE = 7
+    PRECOPY_AGAIN = 8
 
     HELLO = 32
     COMMIT = 33

@@ -113,6 +113,19 @@ class EndOfState:
 
 
 @dataclass(frozen=True, slots=True)
+class PrecopyAgain:
+    """PRECOPY_AGAIN: the guest runs at the source again, which sends all of its pages anew.
+
+    Attributes:
+        count: How often that has happened, this time included.
+    """
+
+    frame_type: ClassVar[FrameType] = FrameType.PRECOPY_AGAIN
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """HELLO: what the source is and wants; first message of all.
 
@@ -467,34 +480,8 @@ class Bye:
 
 
 Message = (
-    RamBlockTable
-    | PageBatch
-    | OpaqueData
-    | RoundEnd
-    | Switchover
-    | DeviceStateData
-    | EndOfState
-    | Hello
-    | Commit
-    | SourceDone
-    | DigestQuery
-    | Welcome
-    | Refused
-    | Ack
-    | ReturnPath
-    | Verified
-    | Mismatch
-    | DigestReply
-    | Ready
-    | Running
-    | Recover
-    | Recovered
-    | OldCopy
-    | Join
-    | Joined
-    | Resume
-    | Resumed
-    | KeepAlive
-    | Abort
-    | Bye
-)
+    RamBlockTable | PageBatch | OpaqueData | RoundEnd | Switchover | DeviceStateData
+    | EndOfState | PrecopyAgain | Hello | Commit | SourceDone | DigestQuery | Welcome | Refused
+    | Ack | ReturnPath | Verified | Mismatch | DigestReply | Ready | Running | Recover
+    | Recovered | OldCopy | Join | Joined | Resume | Resumed | KeepAlive | Abort | Bye
+)  # fmt: skip

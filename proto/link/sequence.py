@@ -130,6 +130,23 @@ class SendWindow:
             self.outstanding_wire_bytes -= wire_bytes
             self.outstanding_raw_bytes -= raw_bytes
 
+    def take_back(self) -> None:
+        """Forget the newest frame, which was never received: its number is the next again.
+
+        Only between two epochs, when what was received is known for certain.
+
+        Raises:
+            LocalProtocolError: It was received. Nothing is changed.
+        """
+        if self.received_seq == self.sent_seq:
+            raise LocalProtocolError(f"frame {self.sent_seq} was received")
+        frame = self._retained.pop()
+        self._outstanding.pop()
+        self.sent_seq -= 1
+        self.retained_bytes -= frame.wire_bytes
+        self.outstanding_wire_bytes -= frame.wire_bytes
+        self.outstanding_raw_bytes -= frame.raw_bytes
+
     def unreceived(self) -> tuple[RetainedFrame, ...]:
         """Return the frames above ``received_seq``, in order."""
         return tuple(self._retained)

@@ -104,6 +104,22 @@ class LinkSession(Exchange):
             hello.migration_id, hello.resume_token, self._offered_epoch, self.control.heard
         )
 
+    def turn_back(self) -> None:
+        """Source: want END_OF_STATE back, if the next epoch shows that it was not received.
+
+        Call while there is no link. ``take_resumed`` does it: the state is then what it was before
+        END_OF_STATE. It stays what it is where the destination has it: then its guest may have its
+        end by now, and only an ABORT is left to say.
+        """
+        self._wants_end_back = True
+
+    def _take_end_back(self) -> None:
+        self._wants_end_back = False
+        ended = self.state is LinkState.STATE_COMPLETE
+        if ended and self.window.received_seq < self.window.sent_seq:
+            self.window.take_back()
+            self.state = self._before_end
+
     def open_with(self, message: Resume | Resumed) -> list[Buffer]:
         """The frame that opens an epoch's first connection, and its account."""
         buffers = encode_frame(message.frame_type, 0, *encode_message(message))
@@ -125,6 +141,8 @@ class LinkSession(Exchange):
         ack = Ack(message.received_seq, message.consumed_seq)
         self.control.confirm(frame.where, message.heard)
         self.window.on_ack(ack.received_seq, ack.consumed_seq, frame.where)
+        if self._wants_end_back:
+            self._take_end_back()
         self._begin(self._offered_epoch)
         self._caught_up = ack
         return message

@@ -142,6 +142,12 @@ _JUDGED: Final = (_S.MISMATCHED, _S.VERIFIED, _S.READY)
 """Everything was received and compared: the source QEMU may complete, early if nobody answers its
 return path."""
 
+TURNABLE: Final = frozenset({_S.PRECOPY, _S.STOP_AND_COPY, _S.DEVICE_STATE})
+"""The destination guest lacks the end of its RAM: the source may go back to pre-copy."""
+
+_TURNS: Final = {(s, _T.PRECOPY_AGAIN, _OUT): _S.PRECOPY for s in TURNABLE}
+_TURNED: Final = {(s, _T.PRECOPY_AGAIN, _IN): _S.PRECOPY for s in TURNABLE}
+
 _OPENING: Final = (_T.JOIN, _T.JOINED, _T.RESUME, _T.RESUMED)
 """What opens a connection beside the first one is no move of the migration."""
 
@@ -274,8 +280,10 @@ SOURCE_BY_KIND: Final[Mapping[CommitKind, Table]] = MappingProxyType(
         CommitKind.HELD: {
             (_S.VERIFIED, _T.READY, _IN): _S.READY,
             (_S.READY, _T.COMMIT, _OUT): _S.COMMITTING,
+            **_TURNS,
         },
         CommitKind.WITHHELD: {
+            **_TURNS,
             (_S.VERIFIED, _T.COMMIT, _OUT): _S.COMMITTING,
         },
         CommitKind.RELAYED: {
@@ -291,8 +299,10 @@ DESTINATION_BY_KIND: Final[Mapping[CommitKind, Table]] = MappingProxyType(
         CommitKind.HELD: {
             (_S.VERIFIED, _T.READY, _OUT): _S.READY,
             (_S.READY, _T.COMMIT, _IN): _S.COMMITTING,
+            **_TURNED,
         },
         CommitKind.WITHHELD: {
+            **_TURNED,
             (_S.VERIFIED, _T.COMMIT, _IN): _S.COMMITTING,
         },
         CommitKind.RELAYED: {

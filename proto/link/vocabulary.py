@@ -6,6 +6,9 @@ PROTOCOL_VERSION = 1
 OLDEST_VERSION = 1
 """The oldest version this code still speaks."""
 
+PRECOPY_AGAIN = "precopy-again"
+"""Capability: the source may go back to pre-copy with PRECOPY_AGAIN."""
+
 GUEST_ON = ("source", "destination", "neither", "unknown", "handed-over")
 """Where a guest can be said to be; never more than is known."""
 

@@ -16,6 +16,7 @@ from migrate.lab.processes import process_tree
 from migrate.lab.soak_cuts import HANDOVER, SIMULATED_OPTIONS, SLOW_OPTIONS, migrate_simulated
 from migrate.transport.link import Link
 from migrate.transport.socket_stream import start_stream
+from migrate.way_back import MOST_TIMES
 from proto.link.dispatch import encode_message
 from proto.link.frames import FrameType, encode_frame
 from proto.link.messages import Message, OldCopy, Resume, RoundEnd
@@ -199,6 +200,77 @@ async def test_greetings_are_cut_and_the_guest_arrives(short_tmp: Path) -> None:
         outcome = await migrate_simulated(short_tmp, plan, options=SIMULATED_OPTIONS)
     assert outcome.faults() == []
     assert (outcome.arrived, len(outcome.made)) == (True, 4)
+
+
+AGAIN = ("--reconnect-timeout", "30s")
+STOPPED = ("--stopped-timeout", "500ms")
+
+
+@pytest.mark.parametrize(
+    ("frame", "plus_bytes", "streams"),
+    [
+        (FrameType.SWITCHOVER, 0, 1),
+        (FrameType.DEVICE_STATE, 40, 3),
+        (FrameType.END_OF_STATE, 3, 1),
+    ],
+)
+async def test_a_guest_that_stood_still_too_long_goes_on_and_is_migrated_again(
+    short_tmp: Path, frame: FrameType, plus_bytes: int, streams: int
+) -> None:
+    """It arrives in the memory that the destination has of it, as it was when it last stopped."""
+    plan = [CutPlan(frame=frame, plus_bytes=plus_bytes, outage_s=1.5)]
+    with trio.fail_after(60):
+        outcome = await migrate_simulated(
+            short_tmp,
+            plan,
+            streams=streams,
+            options=(*SIMULATED_OPTIONS, *AGAIN, *STOPPED),
+            destination_options=AGAIN,
+        )
+    assert outcome.faults() == []
+    assert outcome.arrived
+    source = outcome.source
+    assert source["back_to_precopy"] == outcome.destination["back_to_precopy"] == 1
+    assert source["back_to_precopy_stopped_ms"] >= 500
+    assert source["reconnects"] == 1
+    assert source["streams"] == streams
+    # Of the second time over all of memory most is there already.
+    assert source["pages"]["same"] > source["pages"]["literal"] / 2
+    assert [entry["n"] for entry in source["rounds"]] == list(range(len(source["rounds"])))
+
+
+async def test_a_guest_goes_back_to_precopy_only_so_often(short_tmp: Path) -> None:
+    cut = CutPlan(frame=FrameType.END_OF_STATE, plus_bytes=3, outage_s=1.2)
+    with trio.fail_after(90):
+        outcome = await migrate_simulated(
+            short_tmp,
+            [cut] * (MOST_TIMES + 1),
+            options=(*SIMULATED_OPTIONS, *AGAIN, *STOPPED),
+            destination_options=AGAIN,
+        )
+    assert outcome.faults() == []
+    source = outcome.source
+    assert (source["guest_on"], source["guest_state"]) == ("source", "running")
+    assert source["back_to_precopy"] == outcome.destination["back_to_precopy"] == MOST_TIMES
+    assert source["error"]["code"] == "peer-lost"
+
+
+async def test_there_is_no_way_back_from_the_end_of_the_stream(short_tmp: Path) -> None:
+    """The destination has heard END_OF_STATE; its answer was lost."""
+    plan = [CutPlan(frame=FrameType.VERIFIED, plus_bytes=3, outage_s=1.5)]
+    with trio.fail_after(60):
+        outcome = await migrate_simulated(
+            short_tmp,
+            plan,
+            options=(*SIMULATED_OPTIONS, *AGAIN, *STOPPED),
+            destination_options=AGAIN,
+        )
+    assert outcome.faults() == []
+    source, destination = outcome.source, outcome.destination
+    assert (source["guest_on"], source["guest_state"]) == ("source", "running")
+    assert source["error"]["code"] == "deadline"
+    assert destination["guest_on"] == "source"
+    assert "has got the end of its stream" in destination["error"]["message"]
 
 
 async def test_a_link_that_stays_away_leaves_the_guest_at_the_source(short_tmp: Path) -> None:

@@ -21,6 +21,14 @@ def no_way_back(world: World, setup: Setup) -> str | None:
     return "the guest ran at the destination and goes on at the source" if back else None
 
 
+def nothing_is_undone(world: World, setup: Setup) -> str | None:
+    """What starts at the destination is the guest as it was when it last stopped."""
+    stale = world.dst_qemu == "runs" and world.newer and not world.fenced
+    return (
+        "the destination runs the guest from before it went on at the source" if stale else None
+    )
+
+
 def said_no_more_than_known(world: World, setup: Setup) -> str | None:
     """Where somebody said that the guest is, there it stays."""
     if "source" in world.said and world.ran and not world.fenced:
@@ -52,6 +60,7 @@ def only_one_copy_lives(world: World, setup: Setup) -> str | None:
 RULES: Final[tuple[Rule, ...]] = (
     one_runner,
     no_way_back,
+    nothing_is_undone,
     said_no_more_than_known,
     let_go_late,
     only_one_copy_lives,

@@ -54,6 +54,7 @@ CALL_OFF = "source:SourceRun._call_off"
 GO_ON = "guests.qemu_source:QemuSource.go_on"
 AS_BEFORE = "guests.qemu_source:QemuSource._wait_as_before"
 BYE_SRC = "source:SourceRun._farewell"
+TURN = "way_back:WayBack._turn_back"
 
 MIGRATE_SRC: Final = (
     Row("pre-copy", "outbound:Outbound.run", "wait verified", says="END_OF_STATE",
@@ -63,6 +64,17 @@ MIGRATE_SRC: Final = (
     Row("wait verified", RUN, "wait ready", hears="VERIFIED", only=("held",)),
     Row("wait verified", RUN, "let go", hears="VERIFIED", only=("withheld",)),
     Row("wait verified", RUN, "wait shut", hears="VERIFIED", only=("relayed",)),
+    # the link is away for too long while the guest is stopped: back to pre-copy
+    Row("wait verified", "way_back:WayBack.turns_back", "turn back", lost=True, only=("qmp",)),
+    Row("turn back", "guests.qemu_source:QemuSource.turn_back", "wait goes on",
+        sets={"stream": False}),
+    Row("wait goes on", TURN, "wait link", when={"src_qemu": ("runs",)}),
+    # RESUMED says that END_OF_STATE was not received, and it is taken back
+    Row("wait link", TURN, "say again", when={"up": (True,), "migrate_dst": ("pre-copy",)}),
+    Row("say again", "outbound:Outbound.say_again", "wait heard", says="PRECOPY_AGAIN"),
+    Row("wait heard", "outbound:Outbound.say_again", "start again", hears="ACK"),
+    Row("start again", "guests.qemu_source:QemuSource.start", "pre-copy",
+        when={"src_qemu": ("runs",)}, sets={"stream": True}),
     Row("wait ready", RUN, "let go", hears="READY"),
     Row("let go", "guests.qemu_source:QemuSource.let_go", "wait completed",
         sets={"shut": True}, only=("return path",)),
@@ -87,7 +99,8 @@ MIGRATE_SRC: Final = (
     Row("returned", COMMIT, "go on", records="RETURNED"),
     # the ways back, before the commit
     *(
-        Row("pre-copy|wait verified|wait ready|wait shut|wait completed|hold|commit",
+        Row("pre-copy|wait verified|turn back|wait goes on|wait link|say again|wait heard|"
+            "start again|wait ready|wait shut|wait completed|hold|commit",
             CALL_OFF, to, hears=hears, lost=lost)
         for to in ("say abort", "go on")
         for hears, lost in (("ABORT dead", False), ("ABORT unknown", False), ("", True),
@@ -117,6 +130,8 @@ KILL = "guests.qemu_destination:QemuDestination.discard"
 
 MIGRATE_DST: Final = (
     Row("pre-copy", "handover:DestinationHandover._verify", "verified", hears="END_OF_STATE"),
+    Row("pre-copy", "inbound:Inbound._begin_again", "pre-copy", hears="PRECOPY_AGAIN",
+        says="ACK"),
     Row("verified", LOAD, "load", says="VERIFIED", only=("held",)),
     Row("verified", LOAD, "wait commit", says="VERIFIED", sets={"proven": True},
         only=("incoming", "withheld")),

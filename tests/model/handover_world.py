@@ -41,6 +41,7 @@ class World(NamedTuple):
         fenced: A person said that it never will again.
         said: Sides on which somebody said that the guest is.
         dst_crash: The destination QEMU was killed from outside, or its host lost power.
+        newer: The guest ran at the source since the stop whose end the destination has.
     """
 
     src_qemu: str = "runs"
@@ -67,6 +68,7 @@ class World(NamedTuple):
     fenced: bool = False
     said: frozenset[str] = frozenset()
     dst_crash: bool = False
+    newer: bool = False
 
 
 AT: Final = {name: index for index, name in enumerate(World._fields)}
@@ -162,12 +164,20 @@ def compile_row(process: str, row: Row, setup: Setup) -> Step:
             if setup.synced:
                 after[disk] = written
         after[at] = row.to
+        _compare(after, world[AT["src_qemu"]], row.hears)
         if row.to.startswith("end "):
             after[at] = "over"
             _end(after, process, row.to.removeprefix("end "))
         return settled(World._make(after))
 
     return step
+
+
+def _compare(after: list[Any], before: str, hears: str) -> None:
+    """Note whether the guest at the source is newer than what the destination has of it."""
+    now, newer = after[AT["src_qemu"]], AT["newer"]
+    if hears == "END_OF_STATE" or (now == "runs" and before != "runs"):
+        after[newer] = now == "runs"
 
 
 def _end(after: list[Any], process: str, where: str) -> None:
@@ -192,6 +202,8 @@ def settled(world: World) -> World:
             changes["ran"] = True
         elif world.supervisor:
             changes["supervisor"] = ""
+    if world.newer and (world.dst_qemu == "dead" or world.ran):  # nobody asks any more
+        changes["newer"] = world.dst_qemu == "runs"
     if world.src_qemu not in ("held", "runs") and (world.shut or world.stream):
         changes["shut"] = changes["stream"] = False
     # what nobody will read
@@ -255,6 +267,7 @@ class Handover:
             return
         again = {
             "wait verified": ("END_OF_STATE",),
+            "wait heard": ("PRECOPY_AGAIN",),
             "wait running": ("COMMIT",),
         }.get(world.migrate_src, ())
         answer = {

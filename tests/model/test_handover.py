@@ -16,6 +16,7 @@ from tests.model.handover_rules import (
     check_nothing_is_lost,
     let_go_late,
     no_way_back,
+    nothing_is_undone,
     one_runner,
     only_one_copy_lives,
     said_no_more_than_known,
@@ -205,6 +206,27 @@ MISTAKES: Final = (
         ),
         let_go_late,
         (),
+    ),
+    Mistake(
+        "the source goes back to pre-copy when the destination has the end of the stream",
+        broken(
+            RECONNECTING[0],
+            "migrate_src",
+            edit("wait link", "say again", when={"up": (True,)}),
+            edit("say again", "wait heard", to="start again"),
+        ),
+        nothing_is_undone,
+        ("cut",),
+    ),
+    Mistake(
+        "END_OF_STATE is said again to a destination whose source has gone back",
+        broken(
+            RECONNECTING[0],
+            "migrate_src",
+            edit("say again", "wait heard", says="END_OF_STATE", to="start again"),
+        ),
+        nothing_is_undone,
+        ("cut", "lost on the way there"),
     ),
     Mistake(
         "the destination says cont before COMMITTED is recorded",

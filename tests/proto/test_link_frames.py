@@ -138,7 +138,7 @@ def test_another_protocol_is_refused_at_its_first_four_bytes(start: bytes) -> No
         (head(magic=b"\xd7PCM"), 0),
         (head(number=0), 4),
         (head(number=255), 4),
-        (head(number=8), 4),
+        (head(number=9), 4),
         (head(flags=1), 5),
         (head(header_len=65535, number=FrameType.ROUND_END), 6),
         (head(number=FrameType.ROUND_END, payload_len=1), 8),

@@ -25,6 +25,7 @@ from proto.limits import (
     MAX_RETURN_PATH_BYTES,
     MAX_START_BYTES,
     MAX_TEXT_BYTES,
+    MAX_TURNS,
     MAX_WARNINGS,
 )
 from proto.link import messages as m
@@ -261,6 +262,7 @@ LIMITS: dict[str, tuple[Callable[[int], m.Message], int]] = {
     "ranges": (ranges, MAX_DIGEST_RANGES),
     "round": (m.RoundEnd, (1 << 32) - 1),
     "ack": (lambda n: m.Ack(n, 0), (1 << 64) - 1),
+    "turns": (m.PrecopyAgain, MAX_TURNS),
 }
 
 

@@ -17,7 +17,7 @@ from proto.link.dispatch import FRAMES
 from proto.link.exchange import LinkClosed
 from proto.link.frames import Buffer, FrameType
 from proto.link.messages import Message
-from proto.link.state import JOINABLE, LinkState, Role
+from proto.link.state import JOINABLE, TURNABLE, LinkState, Role
 from proto.link.strangers import UNKNOWN, decode_later
 from tests.link_pair import DIGEST, HELLO, PAGES, STATE, TABLE, End, arrival, feed, welcome
 from tests.strategies import same_message
@@ -25,7 +25,6 @@ from tests.strategies import same_message
 TOKEN = bytes(range(16, 32))
 JOIN_TOKEN = bytes(range(16))
 OFFER = dataclasses.replace(HELLO, resume_token=TOKEN, vm_id="vm")
-SENDABLE = frozenset({LinkState.PRECOPY, LinkState.STOP_AND_COPY, LinkState.DEVICE_STATE})
 ROUND: list[Message] = [PAGES, m.RoundEnd(0)]
 MANY: list[Message] = [*STATE[:2], *ROUND * 4, *STATE[2:]]
 
@@ -84,7 +83,7 @@ class World:
 
     def source_speaks(self) -> bool:
         state = self.src.state
-        if self.numbered and (state is LinkState.SETUP or state in SENDABLE):
+        if self.numbered and (state is LinkState.SETUP or state in TURNABLE):
             now = self.numbered[0].frame_type
             open_ = [n for n in self.src.connections if self.src.may_send(now, n)]
             number = self.data.draw(st.sampled_from(open_)) if len(open_) > 1 else 0
@@ -142,9 +141,25 @@ class World:
         self.under_way.clear()
         for role, end in self.ends.items():
             end.connections = {0: LinkConnection(role)}
+        turns = self.src.state in {*TURNABLE, LinkState.STATE_COMPLETE}
+        turns = turns and self.src.turns < 3 and self.data.draw(st.booleans())
+        if turns:
+            self.src.turn_back()
         while self.src.resumable:
             if self.resume(self.data.draw(st.sampled_from(["all", "all", "no", "half"]))):
                 break
+        if turns:
+            self.turn_back()
+
+    def turn_back(self) -> None:
+        """Go back to pre-copy, unless the destination has heard that nothing more comes."""
+        assert (self.src.state in TURNABLE) == (self.dst.state in (LinkState.SETUP, *TURNABLE))
+        if self.src.state not in TURNABLE:
+            return
+        said = self.said[Role.SOURCE]
+        if isinstance(ended := said[-1], m.EndOfState):
+            said.remove(ended)
+        self.numbered = [m.PrecopyAgain(self.src.turns + 1), *ROUND * 2, *STATE[5:]]
 
     def resume(self, arrives: str) -> bool:
         """Try to go on: nothing arrives, only RESUME does, or its answer, too."""
@@ -253,7 +268,9 @@ def test_however_often_a_link_is_cut_everything_is_heard_once_and_in_order(
                 said.pop()
             assert len(heard) == len(said)
             assert all(same_message(a, b) for a, b in zip(heard, said, strict=True))
-    assert world.dst.sequence.received_seq == len(MANY)
+    said = world.said[Role.SOURCE]
+    assert world.dst.sequence.received_seq == sum(FRAMES[x.frame_type].numbered for x in said)
+    assert world.src.turns == world.dst.turns
     assert world.dst.sequence.held_bytes == 0
 
 
@@ -377,3 +394,74 @@ def test_a_peer_that_heard_more_than_was_said_breaks_the_protocol() -> None:
     src, dst = greeted()
     with pytest.raises(MessageError, match="at most 1 messages heard"):
         feed(dst, b"".join(src.send(m.KeepAlive(2))))
+
+
+# --- back to pre-copy -----------------------------------------------------------------------------
+
+
+def test_an_end_of_state_that_was_not_received_is_taken_back() -> None:
+    src, dst = greeted()
+    for message in STATE[:-1]:
+        feed(dst, b"".join(src.send(message)))
+    lost = src.send(STATE[-1])
+    src.turn_back()
+    resumed(src, dst)
+    assert (src.state, dst.state) == (LinkState.DEVICE_STATE, LinkState.DEVICE_STATE)
+    assert lost not in src.repeat()
+    (again,) = feed(dst, b"".join(src.send(m.PrecopyAgain(1))))
+    assert again == m.PrecopyAgain(1)
+    assert (src.state, dst.state) == (LinkState.PRECOPY, LinkState.PRECOPY)
+    assert src.window.sent_seq == dst.sequence.received_seq == len(STATE)
+    for message in STATE[5:]:
+        feed(dst, b"".join(src.send(message)))
+    assert dst.state is LinkState.STATE_COMPLETE
+
+
+def test_an_end_of_state_that_was_received_leaves_no_way_back() -> None:
+    src, dst = greeted()
+    for message in STATE:
+        feed(dst, b"".join(src.send(message)))
+    src.turn_back()
+    resumed(src, dst)
+    assert src.state is LinkState.STATE_COMPLETE
+    assert not src.may_send(FrameType.PRECOPY_AGAIN)
+    assert src.may_send(FrameType.ABORT)
+
+
+def test_nothing_is_taken_back_that_nobody_wants_back() -> None:
+    src, dst = greeted()
+    for message in STATE[:-1]:
+        feed(dst, b"".join(src.send(message)))
+    lost = src.send(STATE[-1])
+    resumed(src, dst)
+    assert src.state is LinkState.STATE_COMPLETE
+    assert lost in src.repeat()
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_ways_back_are_counted(count: int) -> None:
+    src, dst = greeted()
+    feed(dst, b"".join(src.send(TABLE)))
+    with pytest.raises(LocalProtocolError, match="count 1"):
+        src.send(m.PrecopyAgain(count))
+    src.turns = count - 1
+    with pytest.raises(MessageError, match="count 1"):
+        feed(dst, b"".join(src.send(m.PrecopyAgain(count))))
+
+
+def test_there_is_no_way_back_that_was_not_agreed_upon() -> None:
+    src, dst = End(Role.SOURCE), End(Role.DESTINATION)
+    feed(dst, b"".join(src.send(OFFER)))
+    feed(src, b"".join(dst.send(dataclasses.replace(welcome(), capabilities=()))))
+    feed(dst, b"".join(src.send(TABLE)))
+    with pytest.raises(LocalProtocolError, match="not agreed upon"):
+        src.send(m.PrecopyAgain(1))
+
+
+def test_a_frame_that_was_received_is_not_taken_back() -> None:
+    src, dst = greeted()
+    feed(dst, b"".join(src.send(TABLE)))
+    resumed(src, dst)
+    with pytest.raises(LocalProtocolError, match="frame 1 was received"):
+        src.window.take_back()
+    assert src.window.sent_seq == 1

@@ -17,6 +17,7 @@ from proto.link.state import (
     FURTHER_SOURCE,
     SOURCE,
     SOURCE_BY_KIND,
+    TURNABLE,
     VOID,
     Direction,
     JoinState,
@@ -117,6 +118,19 @@ def test_commit_needs_what_its_kind_demands(kind: CommitKind) -> None:
     assert found == allowed
 
 
+@pytest.mark.parametrize("kind", CommitKind)
+def test_the_way_back_ends_with_the_end_of_state(kind: CommitKind) -> None:
+    expected = set() if kind is CommitKind.RELAYED else TURNABLE
+    for role, direction in ((Role.SOURCE, SENT), (Role.DESTINATION, RECEIVED)):
+        turning = {
+            state
+            for state in LinkState
+            if next_state(role, kind, state, FrameType.PRECOPY_AGAIN, direction)
+            is LinkState.PRECOPY
+        }
+        assert turning == expected
+
+
 def test_a_guest_that_runs_after_our_abort_is_never_taken_as_normal() -> None:
     for kind in CommitKind:
         for state in LinkState:
@@ -146,6 +160,17 @@ def apply(kind: CommitKind, state: LinkState, message: FrameType) -> LinkState:
     return state if state in VOID else hear(Role.DESTINATION, kind, state, message)
 
 
+def turned_back(world: World, kind: CommitKind) -> list[World]:
+    """A cut, after which the source takes END_OF_STATE back: the destination never had it."""
+    src, dst, numbered, control, back = world
+    if src is not LinkState.STATE_COMPLETE or numbered[-1:] != (FrameType.END_OF_STATE,):
+        return []
+    before = dst
+    for message in numbered[:-1]:
+        before = apply(kind, before, message)
+    return [(before, dst, numbered[:-1], control, back)]
+
+
 def successors(world: World, kind: CommitKind) -> list[World]:
     src, dst, numbered, control, back = world
     found: list[World] = []
@@ -157,6 +182,7 @@ def successors(world: World, kind: CommitKind) -> list[World]:
     if len(back) < QUEUE:
         for message, after in sends(Role.DESTINATION, kind, dst):
             found.append((src, after, numbered, control, (*back, message)))
+    found += turned_back(world, kind)
     if numbered:
         found.append((src, apply(kind, dst, numbered[0]), numbered[1:], control, back))
     if control:
@@ -183,6 +209,8 @@ def test_two_ends_that_keep_to_the_tables_always_understand_each_other(
     reached = {world[0] for world in seen}
     assert reached >= {LinkState.CLOSED, LinkState.ABORTED, LinkState.REFUSED}
     commits = kind is not CommitKind.RELAYED
+    again = {world for world in seen if FrameType.PRECOPY_AGAIN in world[2]}
+    assert bool(again) == commits
     assert (LinkState.RUNNING in reached) == commits
     for src, dst, numbered, control, back in seen:
         # one side may run: once COMMIT was said the source has given the guest away

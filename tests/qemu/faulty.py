@@ -14,7 +14,7 @@ from migrate.cli import dst, src
 from migrate.errors import LandingError
 from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
-from migrate.outbound import Outbound
+from migrate.outbound import Outbound, Read
 from migrate.pages.page_cache import SlotStore
 from migrate.qemu import virtio_queries
 from migrate.qemu.landing import QemuRam
@@ -171,7 +171,7 @@ def corrupt_avail_ring() -> None:
     """
     classify = Outbound._classify
 
-    def corrupted(self: Outbound, events: list[GuestEvent]) -> object:
+    def corrupted(self: Outbound, events: list[Read]) -> object:
         layout, pinned = self.rings._layout, self.rings._pinned
         if layout is not None and pinned is not None:
             avail, _ = layout.extents[1]

@@ -14,6 +14,8 @@ from migrate.lab.leaks import LeakWatch
 from migrate.lab.qemu_binaries import QemuBinary
 from migrate.lab.soak import Hop, Soak
 from migrate.lab.soak_cuts import HANDOVER
+from proto.link.frames import FrameType
+from tests.small_qemu import both_versions
 
 pytestmark = pytest.mark.qemu
 
@@ -92,3 +94,38 @@ async def test_busy_guest_passes_links_that_are_cut(
     for hop in hops:
         resent = [cut["resent_bytes"] for cut in hop.report["cuts"]]
         assert sum(resent) == hop.report["bytes"]["resent"]
+
+
+@pytest.mark.usefixtures("guest_image")
+@both_versions
+async def test_busy_guest_that_stood_still_too_long_is_migrated_again(
+    short_tmp: Path, version: str, request: pytest.FixtureRequest
+) -> None:
+    """Into the same destination QEMU, whose memory it finds as it left it; with 10.0 over multifd.
+
+    Once its END_OF_STATE is lost, once its device state and what follows.
+    """
+    qemu: QemuBinary = request.getfixturevalue("qemu72" if version == "7.2" else "qemu10")
+    workload = Workload(
+        static_mib=24, wws_mib=8, rate_pages_per_s=2000, check_pages_per_s=20000
+    )
+    config = GuestConfig(
+        ram_kib=131080, disk=make_disk(short_tmp / "disk.img", 16), workload=workload
+    )
+    channels = "0" if version == "7.2" else "2"
+    frames = (FrameType.END_OF_STATE, FrameType.DEVICE_STATE)
+    hops: list[Hop] = []
+    run = Soak(
+        config, [qemu], short_tmp, on_hop=lambda _, hop: hops.append(hop), on_failure=fail,
+        options=("--stopped-timeout", "500ms", "--local-channels", channels),
+        plan=lambda number, _: [CutPlan(frame=frames[number - 1], plus_bytes=3, outage_s=2)],
+    )  # fmt: skip
+    await run.run(2)
+    assert [str(hop) for hop in hops if not hop.is_good] == []
+    for hop in hops:
+        report = hop.report
+        assert hop.different_pages == 0
+        assert report["landed"] == ["pc.ram"]
+        assert (report["reconnects"], report["back_to_precopy"]) == (1, 1)
+        assert report["local_channels"] == (0 if version == "7.2" else 2)
+        assert report["pages"]["same"] > 24 * 256

@@ -65,7 +65,7 @@ def test_the_shape_is_the_one_tools_rely_on() -> None:
     added |= {"landed", "opaque_rest", "wire_bytes_back", "simulated_devices", "guest_stopped"}
     added |= {"guest_stolen_ms", "balloon", "free_page_hinting", "never_sent_pages", "command"}
     added |= {"old_copy", "checkpoint", "recovery", "streams", "local_channels"}
-    added |= {"outage_ms", "cuts"}
+    added |= {"outage_ms", "cuts", "back_to_precopy", "back_to_precopy_stopped_ms"}
     assert set(report) == CONTRACT | added
     assert report["schema"] == 1
     assert list(report["pages"]) == PAGE_KEYS

@@ -107,6 +107,7 @@ def test_everything_unusual_is_told() -> None:
     report.not_checked = ["the destination's CPU"]
     report.warnings = ["first", "second"]
     report.reconnects, report.outage_ms, report.bytes.resent = 2, 1500.0, 4 << 20
+    report.back_to_precopy, report.back_to_precopy_stopped_ms = 2, 6600.0
     report.predicted = Prediction(14_000, 200)
     report.rounds[1].throttle_percent = 40
     report.balloon = BalloonReport(
@@ -122,6 +123,7 @@ def test_everything_unusual_is_told() -> None:
         "not checked  the destination's CPU",
         "warning      first\n  warning      second",
         "reconnects   2, 1.50 s without a link, 4.00 MiB sent again",
+        "went back    to pre-copy 2 times, after the guest had stood still for 6.60 s",
         "predicted    total 14.0 s, downtime 200 ms",
         "balloon      1.00 GiB, then 256 MiB: 196 608 pages travel as zero",
         "free pages   5 000 never travelled: the guest hints at them",
