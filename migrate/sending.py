@@ -191,12 +191,13 @@ class Sender:
         self._turned_back = True
         self._turn_seq = None
         self._ending.cancel()
-        self.ended_ns = self.device_state_ns = None
+        self.ended_ns = None
         self._ended = trio.Event()
 
     def _turn(self) -> None:
         self._turned_back = False
         self._ending = trio.CancelScope()
+        self.device_state_ns = None  # that was another stop's
         self._turn_seq = self._link.session.window.sent_seq
         self._ring()
 

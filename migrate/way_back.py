@@ -133,6 +133,7 @@ class WayBack:
         where = await self._guest.turn_back()
         _check_runs(where)
         outbound.guest_runs()
+        session.enter("precopy")
         stood_ms = (session.runtime.now_ns() - self._stopped_ns) / NS_PER_MS
         report = session.builder.report
         report.back_to_precopy = self.count
@@ -152,7 +153,6 @@ class WayBack:
             session.warn(missing)
         await self._guest.start()
         outbound.read_another()
-        session.enter("precopy")
 
 
 def _check_runs(where: Whereabouts) -> None:

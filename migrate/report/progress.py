@@ -244,10 +244,12 @@ def _class_texts(pages: PageCounts) -> list[str]:
 
 
 def _convergence_texts(state: ProgressState) -> list[str]:
-    if state.receiving or state.phase == "done":
+    if state.receiving:
         return []
-    if state.phase != "precopy":
+    if state.phase.startswith(("stop-and-copy", "handover")):  # perhaps without a link
         return ["the guest is stopped"]
+    if not state.phase.startswith("precopy"):
+        return []
     expected = f"downtime if stopped now {_or_dash(state.expected_downtime_ms, format_ms)}"
     if state.downtime_limit_ms is not None:
         expected += f" (limit {format_ms(state.downtime_limit_ms)})"

@@ -232,6 +232,7 @@ async def test_a_guest_that_stood_still_too_long_goes_on_and_is_migrated_again(
     source = outcome.source
     assert source["back_to_precopy"] == outcome.destination["back_to_precopy"] == 1
     assert source["back_to_precopy_stopped_ms"] >= 500
+    assert min(source["downtime"].values()) >= 0
     assert source["reconnects"] == 1
     assert source["streams"] == streams
     # Of the second time over all of memory most is there already.

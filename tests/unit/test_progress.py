@@ -107,6 +107,22 @@ def test_a_stopped_guest_has_no_downtime_to_expect() -> None:
     assert "stopped" not in plain_line(replace(STATE, phase="done"))
 
 
+@pytest.mark.parametrize(
+    ("phase", "stopped"),
+    [
+        ("handover", True),
+        ("stop-and-copy: link lost, reconnecting (2 s)", True),
+        ("precopy: link lost, reconnecting (2 s)", False),
+        ("connecting", False),
+        ("back to pre-copy", False),
+        ("done", False),
+    ],
+)
+def test_a_guest_is_said_to_be_stopped_only_where_it_is(phase: str, *, stopped: bool) -> None:
+    text = plain_line(replace(STATE, phase=phase))
+    assert ("the guest is stopped" in text) == stopped
+
+
 def test_a_destination_shows_what_arrived() -> None:
     state = ProgressState(phase="precopy", round_no=1, wire_bytes=5 << 20, receiving=True)
     assert render(state, 80) == [
