@@ -260,7 +260,8 @@ class DestinationRun:
             nursery.start_soon(self._reception.run, to_us)
             link, hello = await sources.receive()
             self._link = link
-            link.gives_up, link.tell = self._gives_up, session.say
+            link.gives_up = self._gives_up
+            link.tell, link.trace = session.say, session.trace
             session.builder.setup_done(self._runtime.now_ns())
             nursery.start_soon(link.keep_alive)  # the comparison may take its time
             old_pages = await self._copies.find(hello)

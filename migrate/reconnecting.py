@@ -140,7 +140,12 @@ class Reconnector:
             await self.bring_back(0.0 if lasted else FIRST_PAUSE_S)
 
     async def bring_back(self, pause_s: float = 0.0) -> None:
-        """Try until there is a link, or the destination does not go on; first after a pause."""
+        """Try until there is a link, or the destination does not go on; first after a pause.
+
+        A refused connection is no reason to stop: a tunnel or proxy that comes back refuses, too.
+        But a person may know that there is nobody any more.
+        """
+        told: set[str] = set()
         while self._link.is_down:
             await self._pause(pause_s)
             pause_s = min(max(2 * pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
@@ -154,6 +159,9 @@ class Reconnector:
                 why = str(error)
             if outage is not None:
                 outage.last_attempt = why
+            if why and why not in told:
+                told.add(why)
+                self._link.tell(f"no link yet: {why}")
             await trio.lowlevel.checkpoint()
 
     async def _pause(self, pause_s: float) -> None:

@@ -270,7 +270,7 @@ class SourceRun:
             limit_ms=params.downtime_limit_ms,
         )
         link.gives_up, link.silence_s = patience.gives_up, patience.silence_s
-        link.tell = session.say
+        link.tell, link.trace = session.say, session.trace
         return patience
 
     def _agreed(self, guest: SourceGuest, agreement: Agreement, missing: list[str]) -> None:

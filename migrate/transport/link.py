@@ -148,6 +148,7 @@ class Link(Traffic):
         self.tell(
             f"the link is back after {outage_s:.1f} s, {resent_bytes} bytes are sent again"
         )
+        self.trace("link-back", outage_ms=outage_s * 1000, resent_bytes=resent_bytes)
         self._news.ring()
 
     # --- the end --------------------------------------------------------------------------------

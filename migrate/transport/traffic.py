@@ -50,6 +50,7 @@ class Traffic:
             None: the loss of a connection is the end.
         silence_s: How long a connection may say nothing.
         tell: Is told of cuts and their ends, in words.
+        trace: The same for ``--trace``: a name, and figures by theirs.
         cuts: Those that ended.
         outage: The one that has not; None while the link works.
     """
@@ -75,6 +76,7 @@ class Traffic:
         self.gives_up: Callable[[float], bool] | None = None
         self.silence_s: Callable[[], float] = lambda: silence_s
         self.tell: Callable[[str], None] = lambda _: None
+        self.trace: Callable[..., None] = lambda _, **__: None
         self.cuts = CutLog()
         self.outage: Outage | None = None
         self._set = StreamSet()
@@ -401,6 +403,7 @@ class Traffic:
         self.outage = Outage(began, now, cause)
         self._set.end_all()
         self.tell(f"{cause}; waiting for another connection")
+        self.trace("cut", cause=cause, silent_ms=(now - began) * 1000)
         self._news.ring()
 
     async def _wait_restored(self, outage: Outage) -> None:

@@ -1,6 +1,7 @@
 """Both commands over real TCP that is cut at bytes that were chosen; fences and refusals."""
 
 import contextlib
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -335,10 +336,23 @@ async def test_cuts_leave_no_descriptors_and_no_threads_in_the_commands(
 
 async def test_an_outage_in_precopy_is_waited_out(short_tmp: Path) -> None:
     plan = [CutPlan(at_bytes=2_000_000, outage_s=2)]
+    traces = [short_tmp / "src.jsonl", short_tmp / "dst.jsonl"]
     with trio.fail_after(60):
-        outcome = await migrate_simulated(short_tmp, plan, options=SLOW_OPTIONS)
+        outcome = await migrate_simulated(
+            short_tmp,
+            plan,
+            options=(*SLOW_OPTIONS, "--trace", str(traces[0])),
+            destination_options=("--trace", str(traces[1])),
+        )
     assert outcome.arrived
     assert outcome.source["outage_ms"] >= 2000
+    for trace, report in zip(traces, (outcome.source, outcome.destination), strict=True):
+        events = [json.loads(line) for line in trace.read_text().splitlines()]
+        (lost,) = (event for event in events if event["event"] == "cut")
+        (back,) = (event for event in events if event["event"] == "link-back")
+        assert lost["cause"] == report["cuts"][0]["cause"]
+        assert back["outage_ms"] == report["outage_ms"]
+        assert back["t_ms"] - lost["t_ms"] >= 2000 - 1
 
 
 async def test_a_proxy_without_a_plan_changes_nothing() -> None:
