@@ -29,9 +29,9 @@ from proto.link.pages import PageBatch
 
 CODEC_IDS: Final = {"none": CodecId.RAW, "lz4": CodecId.LZ4, "zstd": CodecId.ZSTD}
 
-BUSY_SHARE: Final = 0.7
-"""Encoders of which one is at work for this share of the time can be the limit: not by their
-number, but by the processors that they take from everything else."""
+LIMITING_LOAD: Final = 0.7
+"""Encoders of which so many are at work on the average can be the limit: not by their number, but
+by the processors that they take from everything else."""
 
 DELTA_COST: Final = "delta"
 """What the runtime's cost model calls the encoding of differences: it costs less than that of
@@ -66,14 +66,9 @@ class PageEncoder:
         self._runtime = runtime
         self._choice = CodecChoice()
         self._deltas = DeltaChoice()
-        self._occupancy = Occupancy(1)
+        self._occupancy = Occupancy()
         self._link: LinkEstimate | None = None
         self._delta_codec = delta_codec(compress.mode)
-
-    @property
-    def is_the_limit(self) -> bool:
-        """Encoders were at work nearly all of the time lately."""
-        return self._occupancy.share(self._runtime.now_ns()) >= BUSY_SHARE
 
     @property
     def _literal_codec(self) -> CodecSetting:
@@ -117,10 +112,10 @@ class PageEncoder:
             return Plan(deltas=deltas)
         if self._compress.mode != "auto":
             return Plan(self._literal_codec, None, deltas)
+        load = self._occupancy.mean(self._runtime.now_ns())
+        hungry = hungry and load >= LIMITING_LOAD
         return Plan(
-            self._choice.choose(link, hungry=hungry and self.is_the_limit),
-            self._choice.probe(),
-            deltas,
+            self._choice.choose(link, hungry=hungry, load=load), self._choice.probe(), deltas
         )
 
     def pass_on(self, pages: ClassifiedPages) -> PageBatch:

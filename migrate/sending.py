@@ -25,7 +25,7 @@ RUNNING_BACKLOG_BYTES = 3 * 2**20
 """Raw bytes that may wait for the link while the guest runs: what the encoders hold."""
 
 MAX_RUNNING_BACKLOG_BYTES = 8 * 2**20
-RUNNING_BACKLOG_S = 0.02
+RUNNING_BACKLOG_S = 0.04
 """On a fast link what waits may be as much as passes in this time: less runs empty when a busy
 host gives one of our threads its processor late."""
 

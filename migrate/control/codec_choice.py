@@ -6,9 +6,10 @@ with the strongest codec for which processors have time:
 * pages go as they are until the link is seen to be the limit: that is how its rate becomes known,
   within milliseconds, and where it never is nothing is gained by an encoder;
 * from then on a link that has enough to send makes the codec one step stronger, and one that waits
-  for an encoder one step cheaper, as ``zstd --adapt`` does it, but for two things. A cheaper
-  codec can at most fill the link, so where more pages than that pass already it would lose. And
-  a codec that was too expensive is tried again later and later;
+  for an encoder one step cheaper, as ``zstd --adapt`` does it, but for three things. A stronger
+  codec is taken only where the encoders rest so much that one could do its work. A cheaper one can
+  at most fill the link, so where more pages than that pass already it would lose. And a codec
+  that was too expensive is tried again later and later;
 * up to the strongest codec that pays: each must shrink the pages noticeably better than the one
   before it, and be worth its processor time on a link of this rate;
 * while the guest is what everybody waits for everything stays as it is: a codec saves bytes;
@@ -17,6 +18,7 @@ with the strongest codec for which processors have time:
   the estimates of all, their proportions stay as they were measured.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,13 +39,18 @@ like a link of 3 Gbit/s is most often two busy hosts, and an encoder makes them 
 STEP_BATCHES: Final = 2
 """Hungry batches in a row for a step down: so many are under way between choice and link."""
 
-UP_BATCHES: Final = 4
-"""Batches with enough to send from one step to the next one up."""
+UP_BATCHES: Final = 16
+"""Batches from one step to the next one up: before that the load is not that of the codec in use."""
 
 SETTLE_BATCHES: Final = 8
 """Batches after a step before what passes is due to it: so long those from before are under way."""
 
-PATIENCE_BATCHES: Final = (16, 512)
+START_LOAD: Final = 0.7
+MAX_LOAD: Final = 0.9
+"""Encoders that a codec may keep busy, as it is believed at first and as it is measured of the one
+before it. There may be more of them, but processors have other work, too."""
+
+PATIENCE_BATCHES: Final = (32, 512)
 """After a codec was too expensive, so many batches pass before the next try, twice as many each
 time. A codec that lasts for longer than that is trusted as at first."""
 
@@ -88,23 +95,25 @@ class CodecPrior:
     Attributes:
         setting: The codec.
         ratio: Encoded bytes per raw byte.
+        speed_bps: Raw bytes per second of one encoder.
         max_link_bps: Only a candidate on links slower than this; ``None`` = on all.
     """
 
     setting: CodecSetting
     ratio: float
+    speed_bps: float
     max_link_bps: float | None = None
 
 
 PRIORS: Final = (
-    CodecPrior(NONE, 1.0),
-    CodecPrior(LZ4, 0.55, FAST_LINK_BPS),
-    CodecPrior(ZSTD_1, 0.44, FAST_LINK_BPS),
-    CodecPrior(ZSTD_3, 0.40, FAST_LINK_BPS),
-    CodecPrior(ZSTD_6, 0.375, SLOW_LINK_BPS),
+    CodecPrior(NONE, 1.0, math.inf),
+    CodecPrior(LZ4, 0.55, 800e6, FAST_LINK_BPS),
+    CodecPrior(ZSTD_1, 0.44, 570e6, FAST_LINK_BPS),
+    CodecPrior(ZSTD_3, 0.40, 370e6, FAST_LINK_BPS),
+    CodecPrior(ZSTD_6, 0.375, 110e6, SLOW_LINK_BPS),
 )
-"""From cheap to strong. 1 MiB frames, between file pages and half random ones. One core of 2.x GHz,
-that others use too, encodes 1000, 450, 360 and 120 MB/s."""
+"""From cheap to strong. Frames of 1 to 4 MiB, between file pages and half random ones, on a core of
+2.x GHz that others use too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +134,7 @@ class _Candidate:
 
     def __init__(self, prior: CodecPrior) -> None:
         self.setting = prior.setting
+        self.speed_bps = prior.speed_bps
         self.max_link_bps = prior.max_link_bps
         self.strength = 1 - prior.ratio
 
@@ -207,12 +217,13 @@ class CodecChoice:
 
     # --- choosing -----------------------------------------------------------------------------
 
-    def choose(self, link: LinkEstimate | None, *, hungry: bool) -> CodecSetting:
+    def choose(self, link: LinkEstimate | None, *, hungry: bool, load: float) -> CodecSetting:
         """Choose the codec of the next batch.
 
         Args:
             link: What the link carried lately, ``None`` while unknown.
             hungry: The link has nothing to send, and what comes next is still with an encoder.
+            load: Encoders that were at work lately, on the average.
         """
         self._batches += 1
         if link is not None:
@@ -226,7 +237,7 @@ class CodecChoice:
             if self._hungry_batches >= STEP_BATCHES and self._is_too_expensive(link):
                 self._step_down()
         elif self._current < strongest and link is not None and link.saturated:
-            self._try_stronger()
+            self._try_stronger(load)
         self._current = min(self._current, strongest)
         return self.current
 
@@ -239,8 +250,10 @@ class CodecChoice:
         cheaper = self._candidates[self._current - 1]
         return link.raw_bps < self._link_bps / self._ratio(cheaper)
 
-    def _try_stronger(self) -> None:
-        if self._since_step >= self._patience[self._current + 1]:
+    def _try_stronger(self, load: float) -> None:
+        mine, next_one = self._candidates[self._current : self._current + 2]
+        wanted = load * mine.speed_bps / next_one.speed_bps if self._current else 0.0
+        if self._since_step >= self._patience[self._current + 1] and wanted <= MAX_LOAD:
             self._step(+1)
 
     def _step_down(self) -> None:
@@ -265,10 +278,22 @@ class CodecChoice:
             is_first = self._link_bps is None
             self._link_bps = link.wire_bps
             if is_first:
-                self._current = self._strongest()
+                self._current = self._first()
                 self._since_step = 0
         elif self._link_bps is not None:
             self._link_bps = max(self._link_bps, link.wire_bps)
+
+    def _first(self) -> int:
+        """The strongest codec that pays and is believed to leave an encoder some rest."""
+        assert self._link_bps is not None
+        index = self._strongest()
+        while index:
+            candidate = self._candidates[index]
+            raw_bps = self._link_bps / self._ratio(candidate)
+            if raw_bps <= START_LOAD * candidate.speed_bps:
+                break
+            index -= 1
+        return index
 
     def _strongest(self) -> int:
         """The strongest codec that pays, on this link and for these pages."""

@@ -41,19 +41,23 @@ class World:
 
     def __post_init__(self) -> None:
         self.choice = CodecChoice()
+        self.speeds = SPEED_BPS
         self.kept: list[CodecSetting] = []
         self.probed: list[CodecSetting | None] = []
         self.arrived_s = 0.0
         self.ready_s = [0.0, 0.0]  # when encoded, by batch
         self.sent_s = [0.0, 0.0]  # when carried, by batch
         self.sends: list[tuple[float, float, float]] = []  # when, busy seconds, bytes
+        self.encodes: list[tuple[float, float]] = []  # when, seconds
 
     def run(self, batches: int) -> float:
         """Returns raw bytes per second."""
         began_s = self.sent_s[-1]
         for number in range(batches):
             self.arrived_s = max(self.arrived_s + MIB / self.guest_bps, self.sent_s[-2])
-            setting = self.choice.choose(self._estimate(), hungry=self._is_hungry())
+            setting = self.choice.choose(
+                self._estimate(), hungry=self._is_hungry(), load=self._load()
+            )
             probe = self.choice.probe()
             self.kept.append(setting)
             self.probed.append(probe)
@@ -66,13 +70,19 @@ class World:
         now_s = self.arrived_s
         return self.sent_s[-2] <= now_s < self.ready_s[-1]
 
+    def _load(self) -> float:
+        now_s = self.arrived_s
+        recent = sum(s for ready_s, s in self.encodes[-200:] if now_s - WINDOW_S <= ready_s)
+        return recent / WINDOW_S
+
     def _trial(self, setting: CodecSetting, wobble: float) -> Trial:
         return Trial(setting, round(MIB * min(1.0, self.ratios[setting] * wobble)))
 
     def _send(self, setting: CodecSetting, wobble: float) -> None:
         n_bytes = self._trial(setting, wobble).encoded_bytes
-        encode_s = MIB / (SPEED_BPS[setting] * self.processors)
+        encode_s = MIB / (self.speeds[setting] * self.processors)
         ready_s = max(self.arrived_s, self.ready_s[-1]) + encode_s
+        self.encodes.append((ready_s, encode_s))
         busy_s = n_bytes / self.link_bps
         sent_s = max(ready_s, self.sent_s[-1]) + busy_s
         self.ready_s.append(ready_s)
@@ -95,26 +105,27 @@ class World:
 
 def test_pages_go_as_they_are_while_the_link_is_unknown() -> None:
     choice = CodecChoice()
-    assert {choice.choose(None, hungry=False) for _ in range(200)} == {NONE}
+    assert {choice.choose(None, hungry=False, load=0) for _ in range(200)} == {NONE}
 
 
 def test_a_link_that_is_not_the_limit_gets_no_codec() -> None:
     choice = CodecChoice()
     for rate in (1e6, 30e6, 120e6):
         link = LinkEstimate(rate, saturated=False)
-        assert {choice.choose(link, hungry=False) for _ in range(100)} == {NONE}
+        assert {choice.choose(link, hungry=False, load=0) for _ in range(100)} == {NONE}
 
 
 @pytest.mark.parametrize(
-    ("link_bps", "wanted"), [(10e6, ZSTD_6), (125e6, ZSTD_3), (240e6, ZSTD_3), (300e6, NONE)]
+    ("link_bps", "wanted"),
+    [(10e6, ZSTD_6), (25e6, ZSTD_6), (125e6, ZSTD_1), (240e6, LZ4), (300e6, NONE)],
 )
 def test_a_link_that_is_the_limit_gets_its_codec_at_once(
     link_bps: float, wanted: CodecSetting
 ) -> None:
     choice = CodecChoice()
-    choice.choose(None, hungry=False)
+    choice.choose(None, hungry=False, load=0)
     limit = LinkEstimate(link_bps, saturated=True)
-    assert {choice.choose(limit, hungry=False) for _ in range(10)} == {wanted}
+    assert {choice.choose(limit, hungry=False, load=0.8) for _ in range(10)} == {wanted}
 
 
 @pytest.mark.parametrize("link_bps", [12.5e6, 25e6])
@@ -128,14 +139,13 @@ def test_slow_links_get_the_strong_level(link_bps: float) -> None:
 def test_1_and_2_gbit_get_zstd_3(link_bps: float) -> None:
     world = World(link_bps)
     world.run(400)
-    assert set(world.kept[5:]) == {ZSTD_3}
+    assert set(world.kept[60:]) == {ZSTD_3}
     assert ZSTD_6 not in world.probed
 
 
-def test_busy_processors_give_a_mix_that_keeps_the_link_busy() -> None:
+def test_on_busy_processors_the_link_is_kept_busy_with_what_they_manage() -> None:
     world = World(125e6, processors=0.2)  # zstd:3 alone: 180 MB/s, or 90 on the link
     raw_bps = world.run(1000)
-    assert len(set(world.kept[10:])) > 1
     assert raw_bps > 1.05 * 0.2 * SPEED_BPS[ZSTD_3]
     carried = sum(n for _, _, n in world.sends[-500:])
     seconds = world.sends[-1][0] - world.sends[-501][0]
@@ -145,27 +155,34 @@ def test_busy_processors_give_a_mix_that_keeps_the_link_busy() -> None:
 
 def test_a_cheaper_codec_that_could_not_carry_more_is_not_taken() -> None:
     choice = CodecChoice()
-    choice.choose(LinkEstimate(125e6, saturated=True, raw_bps=200e6), hungry=False)
-    assert choice.current == ZSTD_3
+    limit = LinkEstimate(125e6, saturated=True, raw_bps=200e6)
+    assert [choice.choose(limit, hungry=False, load=0.1) for _ in range(60)][-1] == ZSTD_3
     # zstd:1 leaves 0.44: a link of 125 MB/s full of it carries 284 MB/s of pages, lz4's 227.
     fits = LinkEstimate(110e6, saturated=False, raw_bps=290e6)
-    assert {choice.choose(fits, hungry=True) for _ in range(100)} == {ZSTD_3}
+    assert {choice.choose(fits, hungry=True, load=1) for _ in range(100)} == {ZSTD_3}
     slower = LinkEstimate(90e6, saturated=False, raw_bps=240e6)
-    kept = [choice.choose(slower, hungry=True) for _ in range(100)]
+    kept = [choice.choose(slower, hungry=True, load=1) for _ in range(100)]
     assert kept[-1] == ZSTD_1
     assert LZ4 not in kept
     slowest = LinkEstimate(80e6, saturated=False, raw_bps=220e6)
-    assert [choice.choose(slowest, hungry=True) for _ in range(40)][-1] == LZ4
+    assert [choice.choose(slowest, hungry=True, load=1) for _ in range(40)][-1] == LZ4
 
 
 def test_a_codec_that_was_too_expensive_is_tried_again_later_and_later() -> None:
-    world = World(125e6, processors=0.2)  # zstd:3 encodes 180 MB/s, zstd:1 fills the link
+    world = World(125e6)
+    world.speeds = SPEED_BPS | {ZSTD_3: 180e6}  # it does not fill the link, as zstd:1 does
     world.run(2000)
     tries = [i for i, (a, b) in enumerate(pairwise(world.kept)) if (a, b) == (ZSTD_1, ZSTD_3)]
     pauses = [b - a for a, b in pairwise(tries)]
     assert len(pauses) >= 3
     assert pauses == sorted(pauses)
     assert pauses[-1] > 4 * pauses[0]
+
+
+def test_a_stronger_codec_is_not_tried_while_encoders_have_no_time_for_it() -> None:
+    world = World(125e6, processors=0.25)  # zstd:1 encodes 300 MB/s, and the link takes 231
+    world.run(1000)
+    assert set(world.kept[10:]) == {ZSTD_1}
 
 
 def test_half_random_pages_get_no_more_than_the_level_that_tells() -> None:
@@ -177,10 +194,10 @@ def test_half_random_pages_get_no_more_than_the_level_that_tells() -> None:
 
 def test_waiting_for_the_guest_changes_nothing() -> None:
     world = World(link_bps=125e6)
-    world.run(50)
+    world.run(100)
     world.guest_bps = 50e6
     assert world.run(1000) == pytest.approx(50e6, rel=0.05)
-    assert set(world.kept[10:]) == {ZSTD_3}
+    assert set(world.kept[60:]) == {ZSTD_3}
 
 
 def test_10_gbit_is_not_slowed_down_by_an_encoder() -> None:
@@ -236,7 +253,7 @@ def test_one_batch_in_64_is_tried_with_a_neighbour_as_well() -> None:
     assert [i + 1 for i, probe in enumerate(world.probed) if probe is not None] == [
         FIRST_PROBE_BATCH + n * PROBE_EVERY_BATCHES for n in range(10)
     ]
-    assert set(world.probed) == {None, ZSTD_1}
+    assert set(world.probed) == {None, ZSTD_1, LZ4}
 
 
 def test_a_probe_on_the_same_pages_sets_the_proportion_of_two_codecs() -> None:
@@ -282,4 +299,4 @@ def test_empty_batches_say_nothing_and_unknown_codecs_are_refused() -> None:
     with pytest.raises(KeyError, match="zstd:9 is not a candidate"):
         choice.observe(1, Trial(CodecSetting("zstd", 9), 1))
     with pytest.raises(ValueError, match="expected none as the first candidate, got lz4"):
-        CodecChoice((CodecPrior(LZ4, 0.5),))
+        CodecChoice((CodecPrior(LZ4, 0.5, 1e9),))

@@ -12,8 +12,8 @@ MIB = 1 << 20
     [
         (1e6, MIB),
         (24e6, 1_200_000),  # 200 Mbit/s of pages that do not compress
-        (100e6, 3 * MIB),
-        (300e6, 6_000_000),
+        (70e6, 3 * MIB),
+        (150e6, 6_000_000),
         (2e9, 8 * MIB),
     ],
 )
