@@ -375,13 +375,12 @@ async def test_a_stalled_connection_gets_no_frame_while_another_has_room() -> No
         stalled, free = pairs
         # the destination takes nothing at all from the first: neither frames nor bytes
         taken = 0
-        with trio.move_on_after(2):
-            for _ in range(60):
+        with trio.fail_after(30):  # frames for the stalled one would be waited for
+            while taken <= 20:
                 await source.send(batch)
                 while isinstance(free[1].take(), Frame):
                     taken += 1
         assert stalled[0].unwritten_bytes + stalled[0].unsent_bytes
-        assert taken > 20
         assert isinstance(stalled[0], SocketStream)
 
 
