@@ -40,7 +40,7 @@ STEP_BATCHES: Final = 2
 """Hungry batches in a row for a step down: so many are under way between choice and link."""
 
 UP_BATCHES: Final = 16
-"""Batches from one step to the next one up: before that the load is not that of the codec in use."""
+"""Batches from one step to the next one up: before that the load is not that of the codec."""
 
 SETTLE_BATCHES: Final = 8
 """Batches after a step before what passes is due to it: so long those from before are under way."""
