@@ -184,8 +184,8 @@ class SourceRun:
                 error.guest_on, self._run_state = where.guest_on, where.run_state
                 known.set()
                 self._session.say(where.text)
-        if handover is not None and where.guest_on is GuestOn.SOURCE:
-            handover.state_file.remove()
+        if handover is not None and (where.guest_on is GuestOn.SOURCE or where.is_others):
+            handover.state_file.remove()  # what it would recover is not, or no longer, ours
 
     def _may_run_there(self) -> bool:
         handover = self._handover

@@ -20,7 +20,10 @@ its stop-and-copy              paused, src  the source resumes it: END_OF_STATE 
 ``start``, its next pre-copy   source       it runs on, as in any pre-copy
 =============================  ===========  ====================================================
 
-So nothing here gives the guest away. The destination cannot run it either: that takes COMMIT,
+While the guest runs on, no migration of ours is under way in its QEMU, and its owner may begin one.
+So in that time nothing is cancelled there and no guest resumed: it is only asked where it is.
+
+Nothing here gives the guest away. The destination cannot run it either: that takes COMMIT,
 which ``handover`` sends only after a VERIFIED for this END_OF_STATE. One that answers an earlier
 END_OF_STATE is impossible: where the destination took that one in, there is no way back
 (``LinkSession.turn_back``), and where it did not, it is never said again.

@@ -69,11 +69,13 @@ class Whereabouts:
         guest_on: For programs.
         text: For people.
         run_state: QEMU's run state there as asked afterwards, None if there is nobody to ask.
+        is_others: Another migration than ours has it, so that none of ours is to be recovered.
     """
 
     guest_on: GuestOn
     text: str
     run_state: str | None = None
+    is_others: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,15 +25,16 @@ from migrate.errors import (
     QmpInterruptedError,
 )
 from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
+from migrate.guests.source_state import check_can_migrate, where_now
 from migrate.params import UnixAddress
 from migrate.qemu import preflight, queries, virtio_queries
-from migrate.qemu.local_channels import LocalChannels, choose_channels
+from migrate.qemu.local_channels import LocalChannels, choose_channels, switch_on
 from migrate.qemu.local_hop import IncomingHop
 from migrate.qemu.machine_facts import MachineFacts
 from migrate.qemu.multifd_hop import MultifdHop, accept_multifd
 from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
-from migrate.qemu.queries import Capability, Parameter
+from migrate.qemu.queries import Parameter
 from migrate.qemu.settings import ChangedSettings, changed_settings
 from migrate.rings import RingLayout
 from migrate.timeouts import DEFAULTS
@@ -97,6 +98,8 @@ class QemuSource:
 
     Attributes:
         settings: Ours, until the user's come back.
+        is_ours: The migration that QEMU is in, or was in last, is ours: then it is for us to cancel
+            it and to resume the guest. Not before our ``migrate``, and not between two of them.
     """
 
     form = "qmp"
@@ -125,9 +128,9 @@ class QemuSource:
         self._max_bandwidth_bps = max_bandwidth_bps
         self._switchover_seen = trio.Event()
         self._powered_off = False
-        self._paused_by_user = False
-        self._switched_over = False
+        self.paused_by_user = False
         self._let_go = self._has_started = False
+        self.is_ours = True
         self._warn = warn
         self._channels = LocalChannels(0)
         self.name = name
@@ -158,18 +161,22 @@ class QemuSource:
         """Listen, tell QEMU to migrate to us, and take its connection.
 
         Raises:
-            GuestError: QEMU refused, or did not connect.
+            GuestStoppedError: The guest has powered off.
+            GuestError: QEMU refused, did not connect, or is not in a state to migrate.
         """
+        await self._check_ready()
         if self.settings is not None:
             await self.settings.apply()
         if not self._has_started:
             await self._choose_channels()
         self._has_started = True
         listener = await listen(UnixAddress(self._socket_path), "the source QEMU")
+        # The guest may have been stopped before, and not by our migration.
+        self._switchover_seen, self.stopped_at_ns = trio.Event(), None
         try:
             # Not to be cancelled in between: 7.2 hangs if it finds nobody for one of its channels.
             with trio.move_on_after(CONNECT_S, shield=True):
-                await queries.migrate(self._client, f"unix:{self._socket_path}")
+                await self._begin_migration()
                 if self._channels.count:
                     self._hop = await accept_multifd(listener, self._channels.count)
                 else:
@@ -182,6 +189,20 @@ class QemuSource:
         finally:
             listener.close()
             self._socket_path.unlink(missing_ok=True)
+
+    async def _check_ready(self) -> None:
+        """Raise unless QEMU can be told to migrate."""
+        if self._powered_off:
+            raise GuestStoppedError("the guest powered off at the source: nothing to migrate")
+        await check_can_migrate(self._client, self.name)
+
+    async def _begin_migration(self) -> None:
+        self.is_ours = True
+        try:
+            await queries.migrate(self._client, f"unix:{self._socket_path}")
+        except QmpCommandError:
+            self.is_ours = False  # what is under way, if anything, is another's
+            raise
 
     @property
     def local_channels(self) -> int:
@@ -197,21 +218,10 @@ class QemuSource:
         types = [device.qom_type for device in facts.devices]
         version = queries.version_of(self._client).number
         channels = choose_channels(wish, self._max_bandwidth_bps, version, known, types)
-        if channels.count:
-            try:
-                await self._set_channels(settings, channels)
-            except QmpCommandError as error:
-                await settings.set_capabilities({Capability.MULTIFD: False})
-                channels = LocalChannels(0, f"QEMU refuses multifd: {error.desc}")
+        channels = await switch_on(self._client, settings, channels)
         self._channels = channels
         if channels.refusal and wish is not None:
             self._warn(f"--local-channels {wish}: the main connection only, {channels.refusal}")
-
-    async def _set_channels(self, settings: ChangedSettings, channels: LocalChannels) -> None:
-        known = await queries.query_parameters(self._client)
-        ours = {name: value for name, value in channels.settings.items() if name in known}
-        await settings.set_parameters(ours)
-        await settings.set_capabilities({Capability.MULTIFD: True})
 
     async def next_events(self, burst_bytes: int) -> list[GuestEvent]:
         """As the base says; a guest that powers off is told apart from a broken stream."""
@@ -295,12 +305,16 @@ class QemuSource:
                 await events.next()
 
     async def go_on(self) -> Whereabouts:
-        """Close the stream, cancel, and see that the guest is as it was before."""
+        """Close the stream, cancel, and see that the guest is as it was before.
+
+        A migration that is not ours is left alone, and so is its guest.
+        """
         if isinstance(self._hop, MultifdHop):
             with trio.move_on_after(CANCEL_S):
                 await self._cancel_reading(self._hop)
-        if self._hop is not None:
-            self._hop.close()
+        hop, self._hop = self._hop, None  # cancelled below, this may be called again
+        if hop is not None:
+            hop.close()
         if self._powered_off:
             text = "the guest powered off at the source"
             return Whereabouts(GuestOn.SOURCE, text, "shutdown")
@@ -311,6 +325,8 @@ class QemuSource:
                 trio.fail_after(self._step_s),
                 self._client.listen("MIGRATION", "RESUME") as events,
             ):
+                if not self.is_ours:
+                    return await where_now(self._client, self.name)
                 await self._cancel(events)
                 return await self._wait_as_before(events)
         except QmpInterruptedError:
@@ -325,10 +341,9 @@ class QemuSource:
     async def turn_back(self) -> Whereabouts:
         """As ``go_on``: what QEMU was told for its migration stays as it is for the next."""
         where = await self.go_on()
-        self._hop = None
-        self._switchover_seen = trio.Event()
         if where.run_state == "running":
             self.stopped_at_ns = None
+            self.is_ours = False
         return where
 
     async def _cancel_reading(self, hop: MultifdHop) -> None:
@@ -351,7 +366,7 @@ class QemuSource:
 
     async def _wait_as_before(self, events: EventListener) -> Whereabouts:
         """Wait for QEMU's own resume; after ``completed`` there is none, then say ``cont``."""
-        if not self.was_running or self._paused_by_user:
+        if not self.was_running or self.paused_by_user:
             # 7.2 calls a paused guest 'postmigrate' after a migration that failed.
             state = await queries.query_run_state(self._client)
             text = "the guest is paused at the source, as it was"
@@ -387,9 +402,10 @@ class QemuSource:
                         self._hop.abort()
                 elif event.name == "RESUME":
                     self.stopped_at_ns = None
-                    self._paused_by_user = False
+                    self.paused_by_user = False
                 elif event.name == "STOP":
-                    self.stopped_at_ns = _monotonic_ns(event.timestamp_us)
+                    if self.is_ours:
+                        self.stopped_at_ns = _monotonic_ns(event.timestamp_us)
                     await self._who_stopped()
                     if self.stopped_at_ns is not None:
                         self._switchover_seen.set()
@@ -399,7 +415,8 @@ class QemuSource:
         with trio.move_on_after(STOP_ANSWER_S), contextlib.suppress(QmpInterruptedError):
             state = await queries.query_run_state(self._client)
             if state.status == "paused":
-                self._paused_by_user = True
+                self.paused_by_user = True
+            if state.running or self.paused_by_user:
                 self.stopped_at_ns = None
 
 
@@ -449,12 +466,8 @@ async def open_qemu_source(
             warn=warn,
             step_s=step_s,
         )
-        state = await queries.query_run_state(client)
-        if state.status in ("inmigrate", "postmigrate", "shutdown", "internal-error"):
-            raise GuestError(f"{source.name} cannot migrate: its run state is '{state.status}'")
-        source.was_running = state.running
-        if not (await queries.query_migrate(client)).has_ended:
-            raise GuestError(f"{source.name} is migrating already")
+        source.was_running = (await check_can_migrate(client, name)).running
+        source.is_ours = False
         known = await queries.query_capabilities(client)
         wanted = dict.fromkeys(CAPABILITIES_ON, True)
         wanted |= {name: False for name in CAPABILITIES_OFF if known.get(name)}

@@ -8,7 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from migrate.errors import QmpCommandError
+from migrate.qemu import queries
+from migrate.qemu.qmp_client import QmpClient
 from migrate.qemu.queries import Capability, Parameter
+from migrate.qemu.settings import ChangedSettings
 from proto.qemu.qmp import JsonValue
 
 AUTO_CHANNELS: Final = 2
@@ -80,3 +84,20 @@ def choose_channels(
     if beside:
         return LocalChannels(0, f"a device sends its state before the end of RAM: {beside[0]}")
     return LocalChannels(wanted)
+
+
+async def switch_on(
+    client: QmpClient, settings: ChangedSettings, channels: LocalChannels
+) -> LocalChannels:
+    """Set what these channels need, before a migration; returns none where QEMU refuses."""
+    if not channels.count:
+        return channels
+    try:
+        known = await queries.query_parameters(client)
+        ours = {name: value for name, value in channels.settings.items() if name in known}
+        await settings.set_parameters(ours)
+        await settings.set_capabilities({Capability.MULTIFD: True})
+    except QmpCommandError as error:
+        await settings.set_capabilities({Capability.MULTIFD: False})
+        return LocalChannels(0, f"QEMU refuses multifd: {error.desc}")
+    return channels

@@ -1,0 +1,164 @@
+"""Between two migrations of ours a source QEMU and its guest are its owner's."""
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from migrate.errors import GuestError, GuestOn, GuestStoppedError
+from migrate.guests.base import Whereabouts
+from migrate.guests.qemu_source import QemuSource, open_qemu_source
+from migrate.qemu import queries
+from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
+from migrate.qemu.queries import Capability
+from tests.small_qemu import QEMUS, both_versions, running_qemu, unread_socket, wait_status
+
+pytestmark = pytest.mark.qemu
+
+
+@asynccontextmanager
+async def owned(
+    tmp_path: Path, version: str, *arguments: str, channels: int = 0
+) -> AsyncIterator[tuple[QemuSource, QmpClient]]:
+    """A guest that runs, as we are attached to it, and the monitor of its owner.
+
+    It has more in its memory than sockets hold: a stream that nobody reads does not end.
+    """
+    path, content = tmp_path / "owner.sock", tmp_path / "content"
+    content.write_bytes(random.Random(1).randbytes(8 << 20))
+    loaded = ("-device", f"loader,file={content},addr=0x800000,force-raw=on")
+    more = ("-qmp", f"unix:{path},server=on,wait=off", *loaded, *arguments)
+    async with (
+        running_qemu(tmp_path, *more, qemu=QEMUS[version]) as (qmp, _),
+        open_qmp(path) as owner,
+    ):
+        await queries.cont(owner)
+        async with open_qemu_source(
+            qmp, tmp_path, downtime_limit_ms=100, channels_wish=channels
+        ) as source:
+            await source.facts()
+            yield source, owner
+
+
+async def turn_back(source: QemuSource) -> None:
+    where = await source.turn_back()
+    assert (where.guest_on, where.run_state) == (GuestOn.SOURCE, "running")
+
+
+async def migrate_elsewhere(owner: QmpClient) -> None:
+    """The guest is whoever's that reads the stream."""
+    off = {Capability.RETURN_PATH: False, Capability.MULTIFD: False}
+    await queries.set_capabilities(owner, off)
+    await queries.migrate(owner, "exec:cat > /dev/null")
+    await wait_status(owner, "completed")
+
+
+@both_versions
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_guest_that_its_owner_migrated_elsewhere_does_not_run_here_again(
+    tmp_path: Path, version: str, begun: bool
+) -> None:
+    async with owned(tmp_path, version) as (source, owner):
+        if begun:
+            await source.start()
+            await turn_back(source)
+        await migrate_elsewhere(owner)
+        where = await source.go_on()
+        assert (where.guest_on, where.run_state) == (GuestOn.UNKNOWN, "postmigrate")
+        assert where.is_others
+        assert "its migration status is 'completed', and that migration was not" in where.text
+        with pytest.raises(GuestError, match="its run state is 'postmigrate'"):
+            await source.start()
+        assert (await source.go_on()).guest_on is GuestOn.UNKNOWN
+        assert (await queries.query_run_state(owner)).status == "postmigrate"
+
+
+@both_versions
+async def test_a_migration_that_is_not_ours_is_not_cancelled(
+    tmp_path: Path, version: str
+) -> None:
+    async with owned(tmp_path, version) as (source, owner):
+        await source.start()
+        await turn_back(source)
+        with unread_socket(tmp_path) as uri:
+            await queries.migrate(owner, uri)
+            await wait_status(owner, "active")
+            where = await source.go_on()
+            assert (where.guest_on, where.run_state) == (GuestOn.SOURCE, "running")
+            with pytest.raises(GuestError, match="is migrating already"):
+                await source.start()
+            await source.go_on()
+            assert (await queries.query_migrate(owner)).status == "active"
+            await queries.migrate_cancel(owner)
+
+
+@both_versions
+async def test_a_guest_that_its_owner_paused_stays_paused(tmp_path: Path, version: str) -> None:
+    async with owned(tmp_path, version) as (source, owner):
+        await source.start()
+        await turn_back(source)
+        await queries.stop(owner)
+        where = await source.go_on()
+        assert (where.guest_on, where.run_state) == (GuestOn.SOURCE, "paused")
+        assert (await queries.query_run_state(owner)).status == "paused"
+        assert source.stopped_at_ns is None
+
+
+@both_versions
+async def test_a_stop_between_two_migrations_is_no_switchover_of_the_second(
+    tmp_path: Path, version: str
+) -> None:
+    async with owned(tmp_path, version) as (source, owner):
+        await source.start()
+        await turn_back(source)
+        await migrate_elsewhere(owner)  # nobody runs it there
+        assert source.stopped_at_ns is None
+        await queries.cont(owner)
+        await queries.set_capabilities(owner, {Capability.RETURN_PATH: True})
+        await source.start()
+        with trio.move_on_after(0.3):
+            await source.wait_switchover()
+            pytest.fail("the guest was stopped by no migration of ours")
+        assert source.stopped_at_ns is None
+        await turn_back(source)
+
+
+async def test_a_guest_that_powered_off_meanwhile_is_not_migrated(tmp_path: Path) -> None:
+    async with owned(tmp_path, "7.2", "-no-shutdown") as (source, owner):
+        await source.start()
+        await turn_back(source)
+        with trio.fail_after(10):
+            # As a kernel does it; in vain until the firmware has placed the register there.
+            while (await queries.query_run_state(owner)).running:
+                line = "o /w 0x604 0x2000"
+                await owner.execute("human-monitor-command", **{"command-line": line})
+                await trio.sleep(0.05)
+        with pytest.raises(GuestStoppedError, match="the guest powered off"):
+            await source.start()
+        where = await source.go_on()
+        assert (where.guest_on, where.run_state) == (GuestOn.SOURCE, "shutdown")
+
+
+async def test_to_call_a_migration_off_can_be_broken_off_and_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with owned(tmp_path, "10.0", channels=2) as (source, owner):
+        await source.start()
+        assert source.local_channels == 2
+        wait_as_before = source._wait_as_before
+
+        async def cancelled(events: EventListener) -> Whereabouts:
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
+            return await wait_as_before(events)
+
+        monkeypatch.setattr(source, "_wait_as_before", cancelled)
+        with trio.CancelScope() as scope:
+            await source.go_on()
+        assert scope.cancelled_caught
+        monkeypatch.undo()
+        await turn_back(source)
+        assert (await queries.query_migrate(owner)).status == "cancelled"
