@@ -42,7 +42,7 @@ from migrate.handover import SourceHandover
 from migrate.session import Session
 from migrate.transport.link import Link
 from migrate.units import NS_PER_MS
-from proto.link.state import TURNABLE, LinkState
+from proto.link.state import TURNABLE
 
 MOST_TIMES: Final = 3
 """A link that is away at each stop will be at the next: then the guest has stood still enough."""
@@ -103,11 +103,11 @@ class WayBack:
     @property
     def _is_possible(self) -> bool:
         """The destination may lack the end of the stream, as far as is known here."""
-        state, outbound = self._link.session.state, self._outbound.state
+        session, outbound = self._link.session, self._outbound.state
         return (
             self._agreed
             and self.count < MOST_TIMES
-            and (state in TURNABLE or state is LinkState.STATE_COMPLETE)
+            and (session.state in TURNABLE or session.end_may_be_lost)
             and bool(outbound.blocks)
             and not outbound.opaque_rest
         )
@@ -139,11 +139,15 @@ class WayBack:
         session.enter("precopy")
         stood_ms = (session.runtime.now_ns() - self._stopped_ns) / NS_PER_MS
         report = session.builder.report
-        report.back_to_precopy = self.count
         report.back_to_precopy_stopped_ms += stood_ms
+        unless = (
+            ""
+            if self._link.session.state in TURNABLE
+            else ", unless the destination has it all"
+        )
         session.say(
             f"{where.text}, after it had stood still for {stood_ms:.0f} ms; "
-            "once the link is back the migration goes on from pre-copy"
+            f"once the link is back the migration goes on from pre-copy{unless}"
         )
         await self._link.wait_up()
         if self._link.session.state not in TURNABLE:
@@ -152,6 +156,7 @@ class WayBack:
                 "has got the end of its stream: it cannot go on with another one"
             )
         await outbound.say_again(self.count)
+        report.back_to_precopy = self.count
         for missing in await self._open_more():
             session.warn(missing)
         await self._guest.start()

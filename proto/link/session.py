@@ -113,10 +113,15 @@ class LinkSession(Exchange):
         """
         self._wants_end_back = True
 
+    @property
+    def end_may_be_lost(self) -> bool:
+        """Source: END_OF_STATE was said, and nothing heard yet that shows that it was received."""
+        ended = self.state is LinkState.STATE_COMPLETE
+        return ended and self.window.received_seq < self.window.sent_seq
+
     def _take_end_back(self) -> None:
         self._wants_end_back = False
-        ended = self.state is LinkState.STATE_COMPLETE
-        if ended and self.window.received_seq < self.window.sent_seq:
+        if self.end_may_be_lost:
             self.window.take_back()
             self.state = self._before_end
 
