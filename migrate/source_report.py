@@ -35,7 +35,8 @@ def source_report(
     if outbound is not None:
         _add_rounds(session, outbound)
         builder.report.ram_bytes = outbound.state.ram_bytes
-        builder.report.guest_stopped = _was_stopped(outbound)
+        went_on = builder.report.back_to_precopy_stopped_ms > 0
+        builder.report.guest_stopped = went_on or _was_stopped(outbound)
         builder.report.opaque_rest = outbound.state.opaque_rest or None
         if (verdict := outbound.rings.verdict) is not None:
             builder.report.devices = verdict.reports()
@@ -117,9 +118,11 @@ def _add_downtime(session: Session, outbound: Outbound, handover: SourceHandover
         builder.downtime_part("load", times.verified_ns)
     builder.downtime_part("commit", times.ready_ns or times.verified_ns or times.running_ns)
     builder.guest_runs(times.running_ns)
-    if builder.report.source == "simulate":
+    report = builder.report
+    if report.source == "simulate" and report.downtime_ms is not None:
         # kvm-clock stands still exactly as long as the guest does.
-        builder.report.guest_clock_jump_ms = builder.report.downtime_ms
+        stood_ms = report.downtime_ms + report.back_to_precopy_stopped_ms
+        report.guest_clock_jump_ms = stood_ms
 
 
 def progress_state(

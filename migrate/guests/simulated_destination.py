@@ -79,9 +79,14 @@ class SimulatedDestination:
 
     @property
     def clock_jump_ms(self) -> float | None:
-        """By how much the guest's clock was behind the world's when it went on; None before."""
-        jump_ns = self.guest.clock.jump_ns if self.guest is not None else None
-        return None if jump_ns is None else jump_ns / NS_PER_MS
+        """By how much the guest's clock was behind the world's when it went on; None before.
+
+        With what it was behind already when it stopped, if that was not its first stop.
+        """
+        clock = self.guest.clock if self.guest is not None else None
+        if clock is None or clock.jump_ns is None:
+            return None
+        return (clock.jump_ns + clock.behind_ns - clock.gap_ns) / NS_PER_MS
 
     @property
     def may_have_run(self) -> bool:

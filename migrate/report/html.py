@@ -97,7 +97,10 @@ def _head(report: Report, title: str) -> str:
 
 def _figures(report: Report) -> str:
     unseen = "not seen" if report.guest_stopped else "none"
-    downtime = unseen if report.downtime_ms is None else format_ms(report.downtime_ms)
+    seen_ms = report.downtime_ms
+    if seen_ms is None:  # it may have gone on at the source
+        seen_ms = report.back_to_precopy_stopped_ms or None
+    downtime = unseen if seen_ms is None else format_ms(seen_ms)
     integrity = {True: "equal", False: "NOT EQUAL", None: "not compared"}[
         report.integrity.equal
     ]

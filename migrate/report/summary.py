@@ -251,6 +251,8 @@ def _old_copy_lines(report: Report) -> list[str]:
 
 
 def _downtime_text(report: Report) -> str:
+    if report.downtime_ms is None and report.back_to_precopy_stopped_ms:
+        return f"{format_ms(report.back_to_precopy_stopped_ms)} at the source, without a link"
     if report.downtime_ms is None and report.guest_stopped:
         return "the guest was stopped, and nobody saw when it went on"
     if report.downtime_ms is None:
