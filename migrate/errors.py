@@ -9,6 +9,12 @@ MOST_PROBLEMS = 4
 """Problems of one kind that a message names; a reader needs one, the report has all."""
 
 
+def problems_text(problems: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(problems) - MOST_PROBLEMS
+    return "; ".join(problems[:MOST_PROBLEMS]) + (f"; and {more} more" * (more > 0))
+
+
 class GuestOn(enum.Enum):
     """Where the guest is, never more than is known."""
 
@@ -166,8 +172,7 @@ class RingsInconsistentError(GuestError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__(
             "virtio rings contradict their devices, which would lose requests or kill the device: "
-            + "; ".join(problems[:MOST_PROBLEMS])
-            + (f"; and {len(problems) - MOST_PROBLEMS} more" * (len(problems) > MOST_PROBLEMS))
+            + problems_text(problems)
             + " (--allow-inconsistent-rings hands over all the same)"
         )
         self.problems = tuple(problems)

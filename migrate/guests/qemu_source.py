@@ -23,6 +23,7 @@ from migrate.errors import (
     QemuStreamBrokenError,
     QmpCommandError,
     QmpInterruptedError,
+    problems_text,
 )
 from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
 from migrate.guests.source_state import check_can_migrate, where_now
@@ -191,10 +192,17 @@ class QemuSource:
             self._socket_path.unlink(missing_ok=True)
 
     async def _check_ready(self) -> None:
-        """Raise unless QEMU can be told to migrate."""
+        """Raise unless QEMU can be told to migrate what the destination was compared with."""
         if self._powered_off:
             raise GuestStoppedError("the guest powered off at the source: nothing to migrate")
         await check_can_migrate(self._client, self.name)
+        if not self._has_started or self._facts is None:
+            return
+        now = await preflight.collect_facts(self._client)
+        if changes := preflight.compare_with_before(self._facts, now):
+            raise GuestError(
+                f"the machine changed while the guest ran on: {problems_text(changes)}"
+            )
 
     async def _begin_migration(self) -> None:
         self.is_ours = True

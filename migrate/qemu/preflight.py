@@ -209,6 +209,42 @@ def compare(source: MachineFacts, destination: MachineFacts) -> list[Difference]
     return sorted(found, key=lambda difference: difference.severity is not Severity.ERROR)
 
 
+def compare_with_before(before: MachineFacts, now: MachineFacts) -> list[str]:
+    """List what of one machine is not what it was, in words.
+
+    Nothing is said of what changes by itself: run state, balloon, what virtio-mem has plugged, and
+    RAM blocks that QEMU resizes.
+    """
+    values = (
+        ("machine type", before.machine_type, now.machine_type),
+        ("vCPUs", before.vcpus, now.vcpus),
+    )
+    found = [f"{what}: before {old}, now {new}" for what, old, new in values if old != new]
+    if before.cpu != now.cpu:
+        found.append("CPU: another model, or other features")
+    blocks = [
+        {block.idstr: block.used_bytes for block in facts.ram_blocks if not _resizes(block)}
+        for facts in (before, now)
+    ]
+    old_blocks, new_blocks = blocks
+    for verb, one, other in (
+        ("gone", old_blocks, new_blocks),
+        ("new", new_blocks, old_blocks),
+    ):
+        found += [f"RAM block {verb}: {idstr}" for idstr in sorted(one.keys() - other.keys())]
+    for idstr in sorted(old_blocks.keys() & new_blocks.keys()):
+        if (old := old_blocks[idstr]) != (new := new_blocks[idstr]):
+            found.append(f"length of RAM block {idstr}: before {old} bytes, now {new} bytes")
+    had, has = Counter(before.devices), Counter(now.devices)
+    for verb, devices in (("gone", had - has), ("new", has - had)):
+        found += [f"device {verb}: {_label(device)}" for device in devices.elements()]
+    return found
+
+
+def _resizes(block: RamBlockInfo) -> bool:
+    return block.idstr.startswith(_RESIZABLE_PREFIX)
+
+
 def _differs(severity: Severity, what: str, source: object, destination: object) -> Difference:
     return Difference(severity, f"{what}: source {source}, destination {destination}")
 
@@ -318,8 +354,7 @@ def _compare_ram_blocks(
 def _fits(source: RamBlockInfo, destination: RamBlockInfo) -> bool:
     if source.used_bytes == destination.used_bytes:
         return True
-    resizable = destination.idstr.startswith(_RESIZABLE_PREFIX)
-    return resizable and source.used_bytes <= destination.total_bytes
+    return _resizes(destination) and source.used_bytes <= destination.total_bytes
 
 
 def _compare_balloons(

@@ -142,6 +142,22 @@ async def test_a_guest_that_powered_off_meanwhile_is_not_migrated(tmp_path: Path
         assert (where.guest_on, where.run_state) == (GuestOn.SOURCE, "shutdown")
 
 
+async def test_a_machine_that_was_changed_meanwhile_is_not_migrated(tmp_path: Path) -> None:
+    port = ("-device", "pcie-root-port,id=rp,slot=3")
+    async with owned(tmp_path, "7.2", *port) as (source, owner):
+        await source.start()
+        await turn_back(source)
+        await source.start()
+        await turn_back(source)
+        await owner.execute("device_add", driver="virtio-rng-pci", bus="rp")
+        with pytest.raises(GuestError) as caught:
+            await source.start()
+        expected = "the machine changed while the guest ran on: device new: virtio-rng-pci at "
+        assert str(caught.value) == f"{expected}0000:00:01.0:00.0"
+        assert (await source.go_on()).guest_on is GuestOn.SOURCE
+        assert (await queries.query_migrate(owner)).has_ended
+
+
 async def test_to_call_a_migration_off_can_be_broken_off_and_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,4 +177,4 @@ async def test_to_call_a_migration_off_can_be_broken_off_and_done_again(
         assert scope.cancelled_caught
         monkeypatch.undo()
         await turn_back(source)
-        assert (await queries.query_migrate(owner)).status == "cancelled"
+        assert (await queries.query_migrate(owner)).has_ended

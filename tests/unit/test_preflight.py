@@ -14,7 +14,7 @@ from migrate.qemu.machine_facts import (
     Device,
     MachineFacts,
 )
-from migrate.qemu.preflight import Severity, compare
+from migrate.qemu.preflight import Severity, compare, compare_with_before
 from migrate.qemu.queries import RamBlockInfo
 from proto.errors import MessageError
 
@@ -323,3 +323,30 @@ def test_a_refusal_says_where(key: str, value: object, where: str) -> None:
 def test_garbage_raises_only_message_error(garbage: object) -> None:
     with pytest.raises(MessageError):
         MachineFacts.from_dict(garbage)
+
+
+def test_what_changes_by_itself_is_no_change_of_the_machine() -> None:
+    tables = "/rom@etc/acpi/tables"
+    later = with_block(SOURCE, tables, 0x40000, 0x200000)
+    later = replace(later, run_state="paused", balloon=None, restore_balloon_bytes=None)
+    assert compare_with_before(SOURCE, later) == []
+
+
+def test_a_machine_that_is_not_what_it_was_is_told_from_it() -> None:
+    disk, card = SOURCE.devices[2], Device("0000:00:04.0", "virtio-rng-pci", "1af4:1005")
+    longer = with_block(SOURCE, "pc.ram", 1024 * MIB, 1024 * MIB)
+    later = replace(
+        with_cpu(longer, words={}),
+        vcpus=3,
+        ram_blocks=(longer.ram_blocks[-1], RamBlockInfo("mem1", MIB, MIB)),
+        devices=(*SOURCE.devices[:2], card),
+    )
+    assert compare_with_before(SOURCE, later) == [
+        "vCPUs: before 2, now 3",
+        "CPU: another model, or other features",
+        "RAM block gone: pc.bios",
+        "RAM block new: mem1",
+        f"length of RAM block pc.ram: before {512 * MIB} bytes, now {1024 * MIB} bytes",
+        f"device gone: {disk.qom_type} at {disk.place}",
+        f"device new: {card.qom_type} at {card.place}",
+    ]
