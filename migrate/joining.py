@@ -19,6 +19,8 @@ JOINING_S = 10.0
 async def open_streams(link: Link, connect: Callable[[], Awaitable[LinkStream]]) -> list[str]:
     """Source: open the connections that were agreed upon beside the first, all at once.
 
+    Those of this epoch that are there, or that somebody else has just asked for, are left alone.
+
     Args:
         link: Greeted.
         connect: Opens one.
@@ -30,6 +32,8 @@ async def open_streams(link: Link, connect: Callable[[], Awaitable[LinkStream]])
     missing: list[str] = []
     async with trio.open_nursery() as nursery:
         for number in range(1, link.session.welcome.streams):
+            if link.session.is_joining(number):
+                continue
             if has_descriptors(SPARED_DESCRIPTORS + number):
                 nursery.start_soon(_open_one, link, number, connect, missing)
             else:
@@ -49,6 +53,8 @@ async def _open_one(
     try:
         with trio.move_on_after(JOIN_S):
             stream = await connect()
+            if link.session.is_joining(number):  # somebody else was faster
+                return
             refused = await link.join(stream, number)
             joined = refused is None
             why = "" if refused is None else refused.message

@@ -38,6 +38,11 @@ class LinkSession(Exchange):
             raise LocalProtocolError(f"connection {connection} was not agreed upon")
         return Join(self.hello.migration_id, self.welcome.join_token, connection, self.epoch)
 
+    def is_joining(self, connection: int) -> bool:
+        """Source: JOIN was said on this connection in this epoch, and not refused."""
+        state = self._further.get(connection, JoinState.UNJOINED)
+        return state in (JoinState.JOINING, JoinState.JOINED)
+
     def take_answer(self, frame: Frame) -> Joined | Refused:
         """Source: take the first message of a further connection, the answer to JOIN.
 

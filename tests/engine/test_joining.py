@@ -74,6 +74,27 @@ async def test_further_connections_join_at_the_same_door(tmp_path: Path) -> None
         assert len(door.lines) == 1
 
 
+async def test_connections_that_are_there_are_not_opened_again(tmp_path: Path) -> None:
+    async with greeted(tmp_path, 4) as (door, source, _):
+        opened: list[int] = []
+
+        async def connect() -> LinkStream:
+            opened.append(len(opened))
+            return start_stream(await door.connect(), Role.SOURCE)
+
+        assert await source.join(await connect(), 2) is None
+
+        async def open_all() -> None:
+            assert await open_streams(source, connect) == []
+
+        async with trio.open_nursery() as nursery:  # as the way back to pre-copy behind a cut
+            nursery.start_soon(open_all)
+            nursery.start_soon(open_all)
+        assert await open_streams(source, connect) == []
+        assert source.stream_count == 4
+        assert len(opened) <= 5
+
+
 @pytest.mark.parametrize(
     ("said", "why"),
     [
