@@ -28,6 +28,7 @@ from proto.guest_events import (
     OpaqueKind,
     RamBlocks,
     Switchover,
+    SwitchoverRevoked,
 )
 from proto.link import messages
 from proto.link.account import raw_bytes
@@ -235,6 +236,7 @@ class Inbound:
                 self._begin_round()
             case messages.PrecopyAgain():
                 self._begin_again()
+                return [SwitchoverRevoked()]
             case messages.EndOfState():
                 if self.state.applier is None and not self.state.opaque_rest:
                     raise PeerProtocolError(f"{self._link.peer} ended a guest without RAM")

@@ -106,6 +106,14 @@ class Switchover:
     prelude: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class SwitchoverRevoked:
+    """The guest runs on at the source: what came since ``Switchover``, but for pages, is void.
+
+    No guest yields it; a destination guest is told so.
+    """
+
+
 class OpaqueKind(enum.IntEnum):
     """What opaque bytes are, as far as the engine must know (wire numbers, never reused)."""
 
@@ -155,7 +163,17 @@ class End:
     run_state: str | None
 
 
-GuestEvent = RamBlocks | PageRun | ZeroRun | RoundEnd | Switchover | Opaque | DeviceState | End
+GuestEvent = (
+    RamBlocks
+    | PageRun
+    | ZeroRun
+    | RoundEnd
+    | Switchover
+    | SwitchoverRevoked
+    | Opaque
+    | DeviceState
+    | End
+)
 
 
 class NeedData(enum.Enum):

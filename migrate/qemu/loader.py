@@ -19,6 +19,7 @@ from proto.guest_events import (
     PageRun,
     RamBlocks,
     Switchover,
+    SwitchoverRevoked,
     ZeroRun,
 )
 from proto.qemu.format import RP_PONG, RP_SHUT
@@ -120,6 +121,8 @@ class QemuLoader:
                 return self._opaque(kind, data)
             case Switchover(prelude):
                 self._prelude = prelude
+            case SwitchoverRevoked():
+                self._prelude = b""
         return []
 
     def _opaque(self, kind: OpaqueKind, data: bytes) -> list[Buffer]:
