@@ -40,7 +40,7 @@ class SourcePatience:
 
     Attributes:
         stopped_ns: When the guest was stopped for its switchover; None while it runs, and for one
-            that was paused before.
+            that a person had paused.
         turns_back: Asked once a guest has stood still for long enough: whether it goes on, and the
             link is waited for as if it had never been stopped.
     """
@@ -73,9 +73,14 @@ class SourcePatience:
         self._handover: SourceHandover | None = None
 
     def watch(self, handover: SourceHandover, stopped_ns: Callable[[], int | None]) -> None:
-        """Follow a handover from now on."""
+        """Follow a handover from now on; ``stopped_ns`` of any guest, whoever stopped it."""
+        guest = handover.guest
+
+        def waiting_since_ns() -> int | None:
+            return stopped_ns() if guest.was_running and not guest.paused_by_user else None
+
         self._handover = handover
-        self.stopped_ns = stopped_ns
+        self.stopped_ns = waiting_since_ns
 
     @property
     def hurried(self) -> bool:

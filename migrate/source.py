@@ -344,7 +344,7 @@ class SourceRun:
         def stopped_ns() -> int | None:
             return guest.stopped_at_ns or outbound.state.switchover_at_ns
 
-        self._patience.watch(handover, lambda: stopped_ns() if guest.was_running else None)
+        self._patience.watch(handover, stopped_ns)
         way_back = WayBack(handover, session, open_more, agreed=agreement.may_turn_back)
         self._patience.turns_back = way_back.turns_back
         self._probe.follow(

@@ -100,6 +100,7 @@ class SourceGuest(Protocol):
         form: How we reached it, for the report: ``qmp``, ``gateway``, ``simulate``.
         return_path: Whether it stays held here until ``let_go`` (known once events flow).
         was_running: Whether it ran before the migration; None where nobody tells us.
+        paused_by_user: A person has paused it since, as far as we are told.
         stopped_at_ns: Monotonic time of its stop for the switchover; None before, or not known.
         name: For messages to people.
         place: Where recovery finds it.
@@ -110,6 +111,7 @@ class SourceGuest(Protocol):
     return_path: bool
     can_start_again: bool
     was_running: bool | None
+    paused_by_user: bool
     stopped_at_ns: int | None
     name: str
     place: QemuPlace

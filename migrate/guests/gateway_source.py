@@ -56,6 +56,7 @@ class GatewaySource:
     can_start_again = False
     virtio_devices = staticmethod(virtio_devices)
     was_running: bool | None = None
+    paused_by_user = False
     place = QemuPlace()
 
     def __init__(

@@ -77,6 +77,7 @@ class SimulatedSource:
     form = "simulate"
     can_start_again = True
     return_path = True
+    paused_by_user = False
     place = QemuPlace()
     local_channels = None
 

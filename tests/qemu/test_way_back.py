@@ -11,9 +11,12 @@ import trio
 from migrate.errors import GuestError, GuestOn, GuestStoppedError
 from migrate.guests.base import Whereabouts
 from migrate.guests.qemu_source import QemuSource, open_qemu_source
+from migrate.lab.cutting_proxy import CutPlan, cutting
 from migrate.qemu import queries
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
 from migrate.qemu.queries import Capability
+from proto.link.frames import FrameType
+from tests.qemu.commands import Bench
 from tests.small_qemu import QEMUS, both_versions, running_qemu, unread_socket, wait_status
 
 pytestmark = pytest.mark.qemu
@@ -178,3 +181,25 @@ async def test_to_call_a_migration_off_can_be_broken_off_and_done_again(
         monkeypatch.undo()
         await turn_back(source)
         assert (await queries.query_migrate(owner)).has_ended
+
+
+async def test_a_guest_that_a_person_paused_does_not_wait_for_the_link(short_tmp: Path) -> None:
+    """It arrives, however long its last pages had no link."""
+    noise = {"noise_mib": 12, "hot_pages": 64}
+    plan = [CutPlan(frame=FrameType.END_OF_STATE, plus_bytes=3, outage_s=2)]
+    slow = ("--max-bandwidth", "40Mbit", "--downtime-limit", "111ms")
+    patient = ("--reconnect-timeout", "20s")
+    async with Bench.open(short_tmp) as bench:
+        source = await bench.source(**noise)
+        dst = await bench.destination(*patient, qemu=bench.qemu_command(**noise))
+        async with cutting(dst.port, plan) as proxy:
+            src = await bench.start_source(
+                source, proxy.port, *slow, *patient, "--stopped-timeout", "500ms"
+            )
+            await src.wait_line("precopy")
+            await queries.stop(source.monitor)
+            assert await src.wait() == 0, src.text
+            assert await dst.wait() == 0, dst.text
+        report = src.report
+        assert (report["reconnects"], report["back_to_precopy_stopped_ms"]) == (1, 0)
+        assert dst.report["guest_state"] == "paused"
