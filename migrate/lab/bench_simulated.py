@@ -23,8 +23,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+import trio
+
 from migrate.errors import ParamsError
 from migrate.lab.compare_table import Table, machine_lines
+from migrate.lab.rig import level_memory
 from migrate.lab.virtual import VirtualParams, run_virtual
 from migrate.memory import keep_freed_memory
 from migrate.report.report import report_json
@@ -198,6 +201,10 @@ class LoopbackFigures:
         return self.page_bytes / self.total_ms / 1e3
 
 
+BOTH_GUESTS_BYTES: Final = 3 << 30
+"""A guest of 1 GiB at both ends, and what the commands need."""
+
+
 def measure_loopback(profile: str, *, tls: bool = False) -> LoopbackFigures:
     """Migrate once.
 
@@ -217,6 +224,7 @@ def measure_loopback(profile: str, *, tls: bool = False) -> LoopbackFigures:
             secured = ["--tls-dir", str(_certificates(workdir))]
             dst += secured
             src += secured
+        trio.run(level_memory, BOTH_GUESTS_BYTES, BOTH_GUESTS_BYTES)
         cpu_before_s = _children_cpu_s()
         with _command("migrate-dst", dst, workdir) as receiver:
             _wait_listening(receiver, to)

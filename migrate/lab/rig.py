@@ -244,7 +244,7 @@ async def _cancelled_nursery() -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
 
 
-async def level_memory(ram_bytes: int) -> None:
+async def level_memory(ram_bytes: int, most_bytes: int = TOUCHED_MAX_BYTES) -> None:
     """Bring the machine's free memory into the same state before each run, as far as we can.
 
     A virtual machine's host takes a fault for each page that nobody used for long, and huge
@@ -255,7 +255,7 @@ async def level_memory(ram_bytes: int) -> None:
     with contextlib.suppress(OSError):
         await trio.to_thread.run_sync(COMPACT.write_text, "1")
     available = _available_bytes()
-    wanted = min(ram_bytes + SPARE_BYTES, TOUCHED_MAX_BYTES, available // 2)
+    wanted = min(ram_bytes + SPARE_BYTES, most_bytes, available // 2)
     await trio.run_process([sys.executable, "-c", TOUCH, str(wanted)], check=False)
 
 
