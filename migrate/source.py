@@ -350,12 +350,7 @@ class SourceRun:
         self._probe.follow(
             MigrationPhases(session.ledger, stopped_ns, lambda: handover.times.running_ns)
         )
-        stalls = StallWatch(
-            link,
-            outbound.sender,
-            lambda: outbound.state.switchover_at_ns is not None,
-            *(self._params.timeouts, self._params.max_bandwidth_bps),
-        )
+        stalls = self._stall_watch(link, outbound)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
             nursery.start_soon(self._receive, link, guest, to_control)
@@ -378,6 +373,15 @@ class SourceRun:
             await self._farewell(guest, link)
             await self._copies.publish()
             nursery.cancel_scope.cancel()
+
+    def _stall_watch(self, link: Link, outbound: Outbound) -> StallWatch:
+        return StallWatch(
+            link,
+            outbound.sender,
+            lambda: outbound.state.switchover_at_ns is not None,
+            self._params.timeouts,
+            self._params.max_bandwidth_bps,
+        )
 
     async def _farewell(self, guest: SourceGuest, link: Link) -> None:
         """The guest is over there; nothing here may undo that, so nothing here fails."""

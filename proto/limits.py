@@ -18,7 +18,7 @@ MAX_MESSAGE_HEADER_BYTES: Final = 0xFFFF
 SCRATCH_BYTES: Final = 128 * 1024
 """Receive buffer for heads: holds the largest frame head (64 KiB) and some small frames behind
 it, and is small enough that the page bytes that land in it and are copied out again (at most
-one eighth of a full frame) do not show."""
+one eighth of the smallest full frame) do not show."""
 
 MAX_BATCH_PAGES: Final = MAX_RUN_PAGES
 """Literal and referenced pages in one PAGES frame: 4 MiB of guest memory, the unit of work on a

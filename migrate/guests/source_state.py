@@ -13,25 +13,27 @@ from migrate.qemu.qmp_client import QmpClient
 
 NOT_MIGRATABLE: Final = frozenset(
     {
-        *(queries.RUN_STATE_INCOMING, queries.RUN_STATE_COMPLETED_SOURCE),
-        *(queries.RUN_STATE_SWITCHOVER, "shutdown", "internal-error"),
+        queries.RUN_STATE_INCOMING,
+        queries.RUN_STATE_COMPLETED_SOURCE,
+        queries.RUN_STATE_SWITCHOVER,
+        "shutdown",
+        "internal-error",
     }
 )
 """Run states in which QEMU has no guest to migrate, or another migration has it."""
 
 STANDS_HERE: Final[dict[str, str]] = {
-    "paused": "the guest is paused at the source",
-    "prelaunch": "the guest is paused at the source",
-    "shutdown": "the guest powered off at the source",
-    **{
-        state: f"the guest stands still at the source, in run state '{state}'"
-        for state in (
-            *("suspended", "debug", "io-error"),
-            *("watchdog", "guest-panicked", "internal-error"),
-        )
-    },
+    "paused": "is paused at the source",
+    "prelaunch": "is paused at the source",
+    "shutdown": "powered off at the source",
+    "suspended": "sleeps at the source",
+    "debug": "was stopped by a debugger at the source",
+    "io-error": "was stopped by a disk error at the source",
+    "watchdog": "was stopped by its watchdog at the source",
+    "guest-panicked": "panicked at the source",
+    "internal-error": "was stopped by an internal error of QEMU at the source",
 }
-"""Run states that no migration leads to, so that the guest is still here, and what to say."""
+"""Run states that no migration leads to, so that the guest is still here, and what it does."""
 
 
 async def check_can_migrate(client: QmpClient, name: str) -> queries.RunState:
@@ -54,7 +56,7 @@ async def where_now(client: QmpClient, name: str) -> Whereabouts:
     if state.running:
         return Whereabouts(GuestOn.SOURCE, "the guest runs at the source", state.status)
     if (text := STANDS_HERE.get(state.status)) is not None:
-        return Whereabouts(GuestOn.SOURCE, text, state.status)
+        return Whereabouts(GuestOn.SOURCE, f"the guest {text}", state.status)
     status = await queries.query_migrate(client)
     text = (
         f"{name} is in run state '{state.status}', its migration status is '{status.status}', and "

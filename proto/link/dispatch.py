@@ -195,7 +195,7 @@ def _decode_device_state(frame: Frame, _: Context) -> m.DeviceStateData:
 
 
 def _check_data(where: str, codec_id: int, encoded_len: int, raw_len: int) -> None:
-    """Check the lengths of encoded bytes: within 1 MiB, raw unless they shrink."""
+    """Check the lengths of encoded bytes: within the limit, raw unless they shrink."""
     if codec_id not in frozenset(CodecId):
         raise MessageError(where, "a codec number", str(codec_id))
     if not 0 <= raw_len <= MAX_DATA_BYTES:
