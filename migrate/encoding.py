@@ -11,6 +11,8 @@ from typing import Final
 from migrate.control.codec_choice import (
     FAST_LINK_BPS,
     NONE,
+    PRIORS,
+    PRIORS_WITHOUT_WORDS,
     SLOW_LINK_BPS,
     CodecChoice,
     CodecSetting,
@@ -27,7 +29,12 @@ from migrate.runtime import Runtime, Step
 from proto.codecs import Codec, CodecId, make_codec
 from proto.link.pages import PageBatch
 
-CODEC_IDS: Final = {"none": CodecId.RAW, "lz4": CodecId.LZ4, "zstd": CodecId.ZSTD}
+CODEC_IDS: Final = {
+    "none": CodecId.RAW,
+    "lz4": CodecId.LZ4,
+    "zstd": CodecId.ZSTD,
+    "words": CodecId.WORDS,
+}
 
 LIMITING_LOAD: Final = 0.7
 """Encoders of which so many are at work on the average can be the limit: not by their number, but
@@ -61,14 +68,28 @@ class Plan:
 class PageEncoder:
     """Chooses codecs and encodes batches, for one migration."""
 
-    def __init__(self, compress: Compress, runtime: Runtime) -> None:
+    def __init__(
+        self, compress: Compress, runtime: Runtime, *, may_use_words: bool = True
+    ) -> None:
+        """Encode as wished.
+
+        Args:
+            compress: The user's wish.
+            runtime: Threads and clock.
+            may_use_words: The destination knows the codec ``words``.
+        """
         self._compress = compress
         self._runtime = runtime
-        self._choice = CodecChoice()
+        self._choice = CodecChoice(PRIORS if may_use_words else PRIORS_WITHOUT_WORDS)
         self._deltas = DeltaChoice()
         self._occupancy = Occupancy()
         self._link: LinkEstimate | None = None
         self._delta_codec = delta_codec(compress.mode)
+
+    @property
+    def may_compress(self) -> bool:
+        """The user has nothing against compression."""
+        return self._compress.mode != "none"
 
     @property
     def _literal_codec(self) -> CodecSetting:

@@ -1,5 +1,6 @@
 """The introduction: HELLO, comparison of both machines, WELCOME or REFUSED."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import trio
@@ -29,7 +30,7 @@ from proto.limits import MAX_WARNINGS
 from proto.link import messages
 from proto.link.checks import choose_capabilities
 from proto.link.messages import CommitKind, Hello, Welcome
-from proto.link.vocabulary import PRECOPY_AGAIN
+from proto.link.vocabulary import PRECOPY_AGAIN, WORDS
 from proto.packing import clip_text
 
 ANSWER_S = 60.0
@@ -60,6 +61,7 @@ class Agreement:
         restore_balloon_bytes: Memory that the guest is to have again where it arrives; ``None``: it
             gave nothing back for its migration.
         may_turn_back: The source may go back to pre-copy; at the destination the session knows.
+        may_use_words: The destination knows the codec ``words``; at the source only.
     """
 
     migration_id: bytes
@@ -72,6 +74,7 @@ class Agreement:
     not_checked: tuple[str, ...]
     restore_balloon_bytes: int | None = None
     may_turn_back: bool = False
+    may_use_words: bool = False
 
 
 async def introduce(
@@ -84,6 +87,7 @@ async def introduce(
     relay: bool,
     vm_id: str | None,
     streams: int,
+    needs_words: bool = False,
 ) -> Agreement:
     """Source: say what we are and want, hear what the destination makes of it.
 
@@ -104,7 +108,8 @@ async def introduce(
         vm_id=vm_id,
         streams=streams,
         resume_token=runtime.random_bytes(TOKEN_BYTES),
-        optional=(PRECOPY_AGAIN,) if guest.can_start_again else (),
+        required=(WORDS,) if needs_words else (),
+        optional=tuple(_optional(guest, needs_words=needs_words)),
     )
     await link.send(hello)
     welcome: Welcome | None = None
@@ -120,9 +125,17 @@ async def introduce(
         landed=frozenset(welcome.landed),
         old_pages=welcome.old_pages,
         may_turn_back=PRECOPY_AGAIN in welcome.capabilities,
+        may_use_words=WORDS in welcome.capabilities,
         warnings=tuple(welcome.warnings),
         not_checked=_not_checked(facts.missing, welcome.facts_missing),
     )
+
+
+def _optional(guest: SourceGuest, *, needs_words: bool) -> Iterator[str]:
+    if guest.can_start_again:
+        yield PRECOPY_AGAIN
+    if not needs_words:
+        yield WORDS
 
 
 async def _answer(link: Link) -> Welcome:
@@ -201,8 +214,8 @@ async def answer_hello(
 
 def _capabilities(hello: Hello, kind: CommitKind) -> tuple[str, ...]:
     """Those that are offered and can be used; a relayed handover is not ours to begin again."""
-    known = frozenset() if kind is CommitKind.RELAYED else frozenset({PRECOPY_AGAIN})
-    return choose_capabilities(hello, known)
+    known = {WORDS} if kind is CommitKind.RELAYED else {WORDS, PRECOPY_AGAIN}
+    return choose_capabilities(hello, frozenset(known))
 
 
 async def _prepare(

@@ -49,7 +49,12 @@ ACK_PAUSE_S = 0.005
 """Acknowledgements are at least this far apart: little beside a window of 40 ms, and a fast link
 would otherwise carry one for every batch in each of its two meanings."""
 
-CODEC_NAMES: Mapping[int, str] = {CodecId.RAW: "none", CodecId.LZ4: "lz4", CodecId.ZSTD: "zstd"}
+CODEC_NAMES: Mapping[int, str] = {
+    CodecId.RAW: "none",
+    CodecId.LZ4: "lz4",
+    CodecId.ZSTD: "zstd",
+    CodecId.WORDS: "words",
+}
 
 MARK_BYTES = 1 << 20
 """The guest is asked what it has loaded about once per batch of this size."""

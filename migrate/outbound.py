@@ -25,7 +25,6 @@ from migrate.errors import GuestError
 from migrate.guests.base import SourceGuest
 from migrate.pages.classify import ClassifiedPages, Classifier
 from migrate.pages.page_cache import affordable_slots, less_cache
-from migrate.params import Compress
 from migrate.ring_guard import SourceRingGuard
 from migrate.runtime import Costs, Runtime, Step
 from migrate.sending import (
@@ -125,7 +124,7 @@ class Outbound:
         seed: int,
         slot_count: int,
         landed: frozenset[str],
-        compress: Compress,
+        encoder: PageEncoder,
         runtime: Runtime,
         rings: SourceRingGuard,
         copies: SourceCopies,
@@ -136,7 +135,6 @@ class Outbound:
         self._seed = seed
         self._slot_count = slot_count
         self._landed = landed
-        self._compress = compress
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
         self._before_stop: xxhash.xxh3_128 | None = None
         self._splice = Splice()
@@ -148,7 +146,7 @@ class Outbound:
         self._judged = trio.Event()
         self._judged.set()
         self._turned_back = False
-        self._encoder = PageEncoder(compress, runtime)
+        self._encoder = encoder
         self.sender = sender
         self.rings = rings
         self._copies = copies
@@ -420,7 +418,7 @@ class Outbound:
 
     async def _encode_bytes(self, data: bytes) -> tuple[bytes, int]:
         """Device state is mostly zero bytes: always compress, unless the user said none."""
-        if self._compress.mode == "none" or len(data) < 256:
+        if not self._encoder.may_compress or len(data) < 256:
             return data, CodecId.RAW
         codec = make_codec(CodecId.ZSTD, STATE_CODEC.level)
         costs = ((str(STATE_CODEC), len(data)),)

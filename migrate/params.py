@@ -55,7 +55,7 @@ MAX_PROBE_BEFORE_S: Final = 60.0
 MAX_ZSTD_LEVEL: Final = 19
 """Levels 20-22 want hundreds of MiB per encoder and are never faster than the link."""
 
-CompressMode = Literal["auto", "none", "lz4", "zstd"]
+CompressMode = Literal["auto", "none", "lz4", "zstd", "words"]
 CommitMode = Literal["auto", "relay"]
 LandingMode = Literal["auto", "never"]
 AfterMode = Literal["keep", "quit"]
@@ -190,7 +190,9 @@ class Compress:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(CompressMode):
-            raise ParamsError(f"expected auto, none, lz4 or zstd[:LEVEL], got '{self.mode}'")
+            raise ParamsError(
+                f"expected auto, none, lz4, zstd[:LEVEL] or words, got '{self.mode}'"
+            )
         if self.level is not None and self.mode != "zstd":
             raise ParamsError(f"only zstd takes a level, got '{self.mode}:{self.level}'")
         if self.mode == "zstd" and not 1 <= (self.level or 0) <= MAX_ZSTD_LEVEL:
@@ -200,7 +202,7 @@ class Compress:
 
     @classmethod
     def parse(cls, text: str) -> "Compress":
-        """Read ``auto``, ``none``, ``lz4``, ``zstd`` (level 1) or ``zstd:LEVEL``.
+        """Read ``auto``, ``none``, ``lz4``, ``words``, ``zstd`` (level 1) or ``zstd:LEVEL``.
 
         Raises:
             ParamsError: Anything else.

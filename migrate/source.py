@@ -19,6 +19,7 @@ import trio
 from migrate.ballooning import hinting
 from migrate.checkpoint.source_side import SourceCopies
 from migrate.connecting import open_link, open_stream
+from migrate.encoding import PageEncoder
 from migrate.errors import (
     GuestError,
     GuestOn,
@@ -253,6 +254,7 @@ class SourceRun:
                 relay=params.commit == "relay",
                 vm_id=vm_id,
                 streams=params.streams,
+                needs_words=params.compress.mode == "words",
             )
             open_more = partial(open_streams, link, open_one)
             self._agreed(guest, agreement, await open_more())
@@ -300,7 +302,9 @@ class SourceRun:
             seed=agreement.seed,
             slot_count=agreement.slot_count,
             landed=agreement.landed,
-            compress=params.compress,
+            encoder=PageEncoder(
+                params.compress, runtime, may_use_words=agreement.may_use_words
+            ),
             runtime=runtime,
             rings=SourceRingGuard(
                 guest,

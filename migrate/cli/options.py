@@ -122,7 +122,8 @@ def _add_source_limits(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--compress", metavar="CODEC", type=checked(Compress.parse), default="auto",
-        help="auto, none, lz4 or zstd[:LEVEL]; auto follows link and processor",
+        help="auto, none, lz4, zstd[:LEVEL] or words (for memory full of pointers); auto follows "
+        "link, processor and content",
     )  # fmt: skip
     group.add_argument(
         "--cache", metavar="SIZE", type=checked(parse_size), default="256MiB",

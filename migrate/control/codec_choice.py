@@ -13,9 +13,11 @@ with the strongest codec for which processors have time:
 * up to the strongest codec that pays: each must shrink the pages noticeably better than the one
   before it, and be worth its processor time on a link of this rate;
 * while the guest is what everybody waits for everything stays as it is: a codec saves bytes;
-* candidates are compared on the same pages: one batch in 64 is encoded a second time by a
-  neighbour, whose output is thrown away. What the codec in use says of the content later moves
-  the estimates of all, their proportions stay as they were measured.
+* candidates are compared on the same pages: one batch in 64, and the first few more often, is
+  encoded a second time by another candidate, whose output is thrown away. What the codec in use
+  says of the content later moves the estimates of all, their proportions stay as they were
+  measured. Which candidates form the ladder is theirs to say: ``words`` has its place on it only
+  for content with words that come again.
 """
 
 import math
@@ -26,8 +28,10 @@ from migrate.control.link_meter import LinkEstimate
 
 PROBE_EVERY_BATCHES: Final = 64
 FIRST_PROBE_BATCH: Final = 8
-"""One batch in 64 is encoded twice, the first early: what is believed of a codec before is a guess
-for RAM that nobody has seen."""
+EARLY_PROBES: Final = 4
+EARLY_PROBE_BATCHES: Final = 4
+"""One batch in 64 is encoded twice. Once there is a codec one in four is, until all candidates were
+tried: what is believed of them before is a guess for RAM that nobody has seen."""
 
 SLOW_LINK_BPS: Final = 40_000_000
 """320 Mbit/s: below it the strong level keeps up with the link on less than one core."""
@@ -86,6 +90,7 @@ ZSTD_1: Final = CodecSetting("zstd", 1)
 """Device state, which is mostly zero bytes, always gets it."""
 ZSTD_3: Final = CodecSetting("zstd", 3)
 ZSTD_6: Final = CodecSetting("zstd", 6)
+WORDS: Final = CodecSetting("words")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +113,16 @@ class CodecPrior:
 PRIORS: Final = (
     CodecPrior(NONE, 1.0, math.inf),
     CodecPrior(LZ4, 0.55, 800e6, FAST_LINK_BPS),
-    CodecPrior(ZSTD_1, 0.44, 570e6, FAST_LINK_BPS),
-    CodecPrior(ZSTD_3, 0.40, 370e6, FAST_LINK_BPS),
-    CodecPrior(ZSTD_6, 0.375, 110e6, SLOW_LINK_BPS),
+    CodecPrior(ZSTD_1, 0.43, 550e6, FAST_LINK_BPS),
+    CodecPrior(WORDS, 0.44, 500e6, FAST_LINK_BPS),
+    CodecPrior(ZSTD_3, 0.40, 400e6, FAST_LINK_BPS),
+    CodecPrior(ZSTD_6, 0.37, 120e6, SLOW_LINK_BPS),
 )
 """From cheap to strong. Frames of 1 to 4 MiB, between file pages and half random ones, on a core of
 2.x GHz that others use too."""
+
+PRIORS_WITHOUT_WORDS: Final = tuple(prior for prior in PRIORS if prior.setting != WORDS)
+"""For a destination that does not know it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +166,11 @@ class CodecChoice:
         self._yields = 1.0  # share of a page that falls away, per unit of a codec's strength
         self._current = 0
         self._link_bps: float | None = None
-        self._batches = self._since_step = self._hungry_batches = 0
+        self._since_step = self._hungry_batches = 0
         self._patience = [UP_BATCHES] * len(priors)
-        self._probe_upwards = True
+        self._until_probe = FIRST_PROBE_BATCH
+        self._early_probes = EARLY_PROBES
+        self._probed = 0
 
     @property
     def current(self) -> CodecSetting:
@@ -225,53 +236,60 @@ class CodecChoice:
             hungry: The link has nothing to send, and what comes next is still with an encoder.
             load: Encoders that were at work lately, on the average.
         """
-        self._batches += 1
+        self._until_probe -= 1
         if link is not None:
             self._learn_link(link)
         if self._link_bps is None:
             return self.current
-        strongest = self._strongest()
+        ladder = self._ladder()
         self._since_step += 1
         self._hungry_batches = self._hungry_batches + 1 if hungry else 0
         if hungry:
-            if self._hungry_batches >= STEP_BATCHES and self._is_too_expensive(link):
-                self._step_down()
-        elif self._current < strongest and link is not None and link.saturated:
-            self._try_stronger(load)
-        self._current = min(self._current, strongest)
+            if self._hungry_batches >= STEP_BATCHES and self._since_step >= SETTLE_BATCHES:
+                self._try_cheaper(ladder, link)
+        elif link is not None and link.saturated:
+            self._try_stronger(ladder, load)
+        self._current = min(self._current, ladder[-1])
         return self.current
 
-    def _is_too_expensive(self, link: LinkEstimate | None) -> bool:
-        """The next cheaper codec would have more pages pass, if only it fills the link."""
-        if not self._current or self._since_step < SETTLE_BATCHES or self._link_bps is None:
-            return False
-        if link is None or link.raw_bps is None:
-            return True
-        cheaper = self._candidates[self._current - 1]
-        return link.raw_bps < self._link_bps / self._ratio(cheaper)
-
-    def _try_stronger(self, load: float) -> None:
-        mine, next_one = self._candidates[self._current : self._current + 2]
-        wanted = load * mine.speed_bps / next_one.speed_bps if self._current else 0.0
-        if self._since_step >= self._patience[self._current + 1] and wanted <= MAX_LOAD:
-            self._step(+1)
-
-    def _step_down(self) -> None:
+    def _try_cheaper(self, ladder: list[int], link: LinkEstimate | None) -> None:
+        """Step down if the cheaper codec would have more pages pass, if only it fills the link."""
+        below = [index for index in ladder if index < self._current]
+        if not below or self._link_bps is None:
+            return
+        cheaper = self._candidates[below[-1]]
+        passing_bps = None if link is None else link.raw_bps
+        if passing_bps is not None and passing_bps >= self._link_bps / self._ratio(cheaper):
+            return
         least, most = PATIENCE_BATCHES
         before = self._patience[self._current]
         lasted = self._since_step > max(least, before)
         self._patience[self._current] = least if lasted else min(max(least, 2 * before), most)
-        self._step(-1)
+        self._step(below[-1])
 
-    def _step(self, by: int) -> None:
-        self._current += by
+    def _try_stronger(self, ladder: list[int], load: float) -> None:
+        """Step up if encoders have the time for it."""
+        above = next((index for index in ladder if index > self._current), None)
+        if above is None:
+            return
+        mine, next_one = self._candidates[self._current], self._candidates[above]
+        wanted = load * mine.speed_bps / next_one.speed_bps if self._current else 0.0
+        if self._since_step >= self._patience[above] and wanted <= MAX_LOAD:
+            self._step(above)
+
+    def _step(self, to: int) -> None:
+        self._current = to
         self._since_step = self._hungry_batches = 0
 
     def probe(self) -> CodecSetting | None:
         """The codec that the batch just chosen for is to be tried with as well, if any."""
-        if self._batches % PROBE_EVERY_BATCHES != FIRST_PROBE_BATCH:
+        if self._until_probe > 0:
             return None
-        return self._neighbour()
+        self._until_probe = PROBE_EVERY_BATCHES
+        if self._current and self._early_probes:
+            self._early_probes -= 1
+            self._until_probe = EARLY_PROBE_BATCHES
+        return self._next_probed()
 
     def _learn_link(self, link: LinkEstimate) -> None:
         if link.saturated:
@@ -280,32 +298,30 @@ class CodecChoice:
             if is_first:
                 self._current = self._first()
                 self._since_step = 0
+                self._until_probe = min(self._until_probe, EARLY_PROBE_BATCHES)
         elif self._link_bps is not None:
             self._link_bps = max(self._link_bps, link.wire_bps)
 
     def _first(self) -> int:
         """The strongest codec that pays and is believed to leave an encoder some rest."""
         assert self._link_bps is not None
-        index = self._strongest()
-        while index:
+        for index in reversed(self._ladder()):
             candidate = self._candidates[index]
             raw_bps = self._link_bps / self._ratio(candidate)
             if raw_bps <= START_LOAD * candidate.speed_bps:
-                break
-            index -= 1
-        return index
+                return index
+        return 0
 
-    def _strongest(self) -> int:
-        """The strongest codec that pays, on this link and for these pages."""
-        best = 0
+    def _ladder(self) -> list[int]:
+        """The candidates that pay, on this link and for these pages: each more than all before."""
+        ladder = [0]
         for index in range(1, len(self._candidates)):
             if not self._allowed(index):
                 break
-            if self._ratio(self._candidates[index]) <= _WORTH * self._ratio(
-                self._candidates[best]
-            ):
-                best = index
-        return best
+            best = self._ratio(self._candidates[ladder[-1]])
+            if self._ratio(self._candidates[index]) <= _WORTH * best:
+                ladder.append(index)
+        return ladder
 
     def _ratio(self, candidate: _Candidate) -> float:
         return max(_BEST_RATIO, 1 - candidate.strength * self._yields)
@@ -318,16 +334,18 @@ class CodecChoice:
         border = 1.5 * limit if index <= self._current else limit
         return self._link_bps is not None and self._link_bps < border
 
-    def _neighbour(self) -> CodecSetting | None:
-        """Alternate between the next stronger and the next cheaper candidate."""
-        self._probe_upwards = not self._probe_upwards
-        step = 1 if self._probe_upwards else -1
-        for index in (self._current + step, self._current - step):
-            in_range = 0 <= index < len(self._candidates)
-            # 'none' has nothing to find out: its ratio is 1.
-            if in_range and self._allowed(index) and self._candidates[index].setting != NONE:
-                return self._candidates[index].setting
-        return None
+    def _next_probed(self) -> CodecSetting | None:
+        """In turns all that could be chosen instead; while there is no codec the cheapest one."""
+        others = [
+            index
+            for index in range(1, len(self._candidates))
+            if index != self._current and self._allowed(index)
+        ]
+        if not others:
+            return None
+        self._probed = next((i for i in others if i > self._probed), others[0])
+        index = self._probed if self._current else others[0]
+        return self._candidates[index].setting
 
     def _index(self, setting: CodecSetting) -> int:
         for index, candidate in enumerate(self._candidates):

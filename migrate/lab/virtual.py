@@ -79,10 +79,16 @@ class CostModel:
 
     classify: float = 0.15
     encode: Mapping[str, float] = field(
-        default_factory=lambda: {"none": 0.0, "lz4": 0.85, "zstd": 1.83, "delta": 0.2}
+        default_factory=lambda: {
+            "none": 0.0,
+            "lz4": 0.85,
+            "words": 1.9,
+            "zstd": 1.83,
+            "delta": 0.2,
+        }
     )
     decode: Mapping[str, float] = field(
-        default_factory=lambda: {"none": 0.2, "lz4": 0.6, "zstd": 1.2}
+        default_factory=lambda: {"none": 0.2, "lz4": 0.6, "words": 1.0, "zstd": 1.2}
     )
 
     def cost_ns(self, step: Step, costs: Costs) -> int:

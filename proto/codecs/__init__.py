@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from proto.codecs import lz4_codec, raw_codec, zstd_codec
+from proto.codecs import lz4_codec, raw_codec, word_codec, zstd_codec
 from proto.errors import CodecError
 
 Buffer = bytes | bytearray | memoryview
@@ -22,6 +22,7 @@ class CodecId(enum.IntEnum):
     RAW = 1
     LZ4 = 2
     ZSTD = 3
+    WORDS = 4
 
 
 class Codec(Protocol):
@@ -46,6 +47,7 @@ _DECODERS: Final[Mapping[int, Codec]] = MappingProxyType(
         CodecId.RAW: raw_codec.RawCodec(),
         CodecId.LZ4: lz4_codec.Lz4Codec(),
         CodecId.ZSTD: zstd_codec.ZstdCodec(),
+        CodecId.WORDS: word_codec.WordCodec(),
     }
 )
 
@@ -81,7 +83,9 @@ def decode_into(codec_id: int, src: Buffer, out: memoryview) -> None:
     """
     codec = _DECODERS.get(codec_id)
     if codec is None:
-        raise CodecError("codec number", "1 (raw), 2 (lz4) or 3 (zstd)", str(codec_id))
+        raise CodecError(
+            "codec number", "1 (raw), 2 (lz4), 3 (zstd) or 4 (words)", str(codec_id)
+        )
     codec.decode_into(src, out)
 
 

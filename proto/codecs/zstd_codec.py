@@ -1,6 +1,8 @@
 """Codec 3: one zstd frame that states its content size; the only importer of zstandard."""
 
 import threading
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import BinaryIO, Final, Protocol, cast
 
 import zstandard  # noqa: TID251 - the one place that may
@@ -18,13 +20,22 @@ MAX_FILE_WINDOW_BYTES: Final = 2**27
 
 DEFAULT_READ_BYTES: Final = zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE
 
-_TABLE_LOG: Final = {2: 15, 3: 16}
-"""Levels of our own making: size of both hash tables of zstd's double-fast strategy, as log2.
+_OWN_LEVELS: Final[Mapping[int, tuple[int, int, int, int]]] = MappingProxyType(
+    {
+        1: (zstandard.STRATEGY_FAST, 5, 14, 1),
+        2: (zstandard.STRATEGY_DFAST, 5, 15, 1),
+        3: (zstandard.STRATEGY_DFAST, 5, 16, 1),
+        6: (zstandard.STRATEGY_LAZY, 4, 18, 3),
+    }
+)
+"""Levels of our own making: strategy, least match, size of the tables and searches as log2.
 
-zstd's level 3 keeps larger tables, which fall out of the processor's cache between frames of 1 MiB.
-Measured on one 2.x GHz core, ratio and MB/s on half random pages | pages of programs and libraries:
-zstd's level 1 0.565 492 | 0.369 408; 2 0.570 412 | 0.343 322; 3 0.561 359 | 0.326 248;
-ours: 2 0.560 477 | 0.331 323; 3 0.560 453 | 0.327 304. Any zstd reads what they write.
+Those of zstd are made for files. Memory repeats itself in shorter pieces, and large tables fall out
+of the processor's cache between frames of 1 MiB. Measured on one 2.x GHz core with frames of 1 MiB,
+ratio and MB/s on half random pages | pages of programs, libraries and text:
+zstd's 1 0.611 734 | 0.387 637; 2 0.618 618 | 0.370 523; 3 0.608 592 | 0.356 418; 6 | 0.324 140;
+ours: 1 0.616 757 | 0.372 566; 2 0.607 655 | 0.359 459; 3 0.608 611 | 0.356 432; 6 | 0.320 132.
+Any zstd reads what they write.
 """
 
 
@@ -137,16 +148,18 @@ class ZstdReader:
 
 
 def _new_compressor(level: int) -> zstandard.ZstdCompressor:
-    if level not in _TABLE_LOG:
+    own = _OWN_LEVELS.get(level)
+    if own is None:
         return zstandard.ZstdCompressor(level=level, write_content_size=True)
+    strategy, min_match, table_log, search_log = own
     parameters = zstandard.ZstdCompressionParameters(
         window_log=20,
-        hash_log=_TABLE_LOG[level],
-        chain_log=_TABLE_LOG[level],
-        search_log=1,
-        min_match=5,
+        hash_log=table_log,
+        chain_log=table_log,
+        search_log=search_log,
+        min_match=min_match,
         target_length=0,
-        strategy=zstandard.STRATEGY_DFAST,
+        strategy=strategy,
         write_content_size=True,
     )
     return zstandard.ZstdCompressor(compression_params=parameters)

@@ -9,6 +9,9 @@ OLDEST_VERSION = 1
 PRECOPY_AGAIN = "precopy-again"
 """Capability: the source may go back to pre-copy with PRECOPY_AGAIN."""
 
+WORDS = "words"
+"""Capability: pages may be encoded with the codec of that name."""
+
 GUEST_ON = ("source", "destination", "neither", "unknown", "handed-over")
 """Where a guest can be said to be; never more than is known."""
 

@@ -122,7 +122,12 @@ def codecs() -> Case:
     raws += [b"".join(chance.choice((bytes(64), chance.randbytes(64))) for _ in range(256))]
     known: list[tuple[int, bytes, int]] = []
     for raw in raws:
-        for codec, level in ((CodecId.LZ4, 1), (CodecId.ZSTD, 1), (CodecId.ZSTD, 19)):
+        for codec, level in (
+            (CodecId.LZ4, 1),
+            (CodecId.ZSTD, 1),
+            (CodecId.ZSTD, 19),
+            (CodecId.WORDS, 1),
+        ):
             encoded = make_codec(codec, level).encode(raw)
             assert encoded is not None
             known.append((codec, encoded, len(raw)))

@@ -102,7 +102,7 @@ moves = st.builds(
     MoveParams,
     st.integers(1, 1 << 62),
     st.sampled_from([0, 1, 16, 400, 4096]),
-    st.sampled_from([CodecId.RAW, CodecId.LZ4, CodecId.LZ4, CodecId.ZSTD]),
+    st.sampled_from([CodecId.RAW, CodecId.LZ4, CodecId.LZ4, CodecId.ZSTD, CodecId.WORDS]),
     st.builds(KeepRule, st.booleans(), st.sampled_from([0, 2, 128, 512])),
     old_copy=st.booleans(),
     lands=st.booleans(),

@@ -59,7 +59,13 @@ parameters: Final = st.builds(
     downtime_limit_ms=st.sampled_from([150, 300, 1000]),
     max_bandwidth_bps=st.sampled_from([None, None, 30_000_000]),
     compress=st.sampled_from(
-        [Compress("auto"), Compress("none"), Compress("lz4"), Compress("zstd", 1)]
+        [
+            Compress("auto"),
+            Compress("none"),
+            Compress("lz4"),
+            Compress("zstd", 1),
+            Compress("words"),
+        ]
     ),
     cache_bytes=st.sampled_from([0, 64 << 10, 64 * MIB]),
     run_for_s=st.sampled_from([0.0, 0.02]),

@@ -14,7 +14,7 @@ from proto.codecs import Codec, CodecId
 from proto.errors import CodecError
 from proto.limits import MAX_DATA_BYTES
 
-PAGES = b"some guest page, and another one " * 500
+PAGES = b"some guest page, and another one " * 496
 NOISE = np.random.default_rng(7).integers(0, 256, 16384, np.uint8).tobytes()
 
 
@@ -24,6 +24,7 @@ def all_codecs() -> list[Codec]:
         codecs.make_codec(CodecId.LZ4),
         codecs.make_codec(CodecId.ZSTD, 1),
         codecs.make_codec(CodecId.ZSTD, 19),
+        codecs.make_codec(CodecId.WORDS),
     ]
 
 
@@ -38,7 +39,7 @@ def test_what_shrinks_comes_back(data: bytes, repeat: int) -> None:
         assert codecs.decode(codec.codec_id, packed, len(data)) == data
 
 
-@pytest.mark.parametrize("codec_id", [CodecId.LZ4, CodecId.ZSTD])
+@pytest.mark.parametrize("codec_id", [CodecId.LZ4, CodecId.ZSTD, CodecId.WORDS])
 def test_repetitive_pages_shrink_and_noise_does_not(codec_id: CodecId) -> None:
     codec = codecs.make_codec(codec_id)
     packed = codec.encode(PAGES)
@@ -53,7 +54,7 @@ def test_raw_is_never_shorter_and_copies_back() -> None:
     assert codecs.decode(CodecId.RAW, memoryview(PAGES), len(PAGES)) == PAGES
 
 
-@pytest.mark.parametrize("codec_id", [CodecId.LZ4, CodecId.ZSTD])
+@pytest.mark.parametrize("codec_id", [CodecId.LZ4, CodecId.ZSTD, CodecId.WORDS])
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_every_kind_of_buffer_is_accepted(codec_id: CodecId, kind: type) -> None:
     codec = codecs.make_codec(codec_id)
@@ -72,7 +73,7 @@ def test_another_length_than_announced_is_refused(codec_id: CodecId, off: int) -
         codecs.decode(codec_id, packed, len(PAGES) + off)
 
 
-@given(st.sampled_from([CodecId.LZ4, CodecId.ZSTD]), st.data())
+@given(st.sampled_from([CodecId.LZ4, CodecId.ZSTD, CodecId.WORDS]), st.data())
 def test_damaged_data_fills_the_buffer_or_is_refused(
     codec_id: CodecId, data: st.DataObject
 ) -> None:
@@ -95,7 +96,7 @@ def test_random_bytes_give_only_codec_errors(codec_id: int, data: bytes, size: i
         return
 
 
-@pytest.mark.parametrize("number", [0, 4, 255, -1])
+@pytest.mark.parametrize("number", [0, 5, 255, -1])
 def test_unknown_numbers_are_refused(number: int) -> None:
     with pytest.raises(CodecError, match="codec number"):
         codecs.decode(number, b"x", 1)

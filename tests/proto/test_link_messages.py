@@ -285,7 +285,7 @@ def test_each_limit_is_allowed_and_one_more_is_not(name: str) -> None:
         m.DeviceStateData(b"", 2, codec_id=2),
         m.DeviceStateData(b"ab", 3, codec_id=1),
         m.DeviceStateData(b"ab", 3, codec_id=0),
-        m.DeviceStateData(b"ab", 3, codec_id=4),
+        m.DeviceStateData(b"ab", 3, codec_id=5),
         m.OpaqueData(OpaqueKind.HEADER, b"ab", 3, codec_id=9),
         m.ReturnPath(b""),
         m.RamBlockTable(()),

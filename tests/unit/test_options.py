@@ -151,7 +151,7 @@ def test_every_destination_option_arrives() -> None:
         ([*SOURCE, "--streams", "17"], "--streams from 1 to 16, got 17"),
         ([*SOURCE, "--local-channels", "two"], "expected a number or auto, got 'two'"),
         ([*SOURCE, "--local-channels", "65"], "auto or 0 to 64, got 65"),
-        ([*SOURCE, "--compress", "gzip"], "expected auto, none, lz4 or zstd"),
+        ([*SOURCE, "--compress", "gzip"], "expected auto, none, lz4, zstd[:LEVEL] or words"),
         ([*SOURCE, "--down", "300ms"], "unrecognized arguments: --down"),
         ([*SOURCE, "--gateway-mode", "9"], "octal mode"),
         ([*SOURCE, "--gateway-owner", "root:kvm"], "UID:GID as numbers"),
