@@ -31,7 +31,18 @@ FIRST_PROBE_BATCH: Final = 8
 EARLY_PROBES: Final = 4
 EARLY_PROBE_BATCHES: Final = 4
 """One batch in 64 is encoded twice. Once there is a codec one in four is, until all candidates were
-tried: what is believed of them before is a guess for RAM that nobody has seen."""
+tried: what is believed of them before is a guess for RAM that nobody has seen. So it is again where
+the content changes and encoders have the time."""
+
+CHANGED: Final = 0.1
+"""So much more or less of the raw bytes than before is left of other content."""
+
+PROBE_LOAD: Final = 0.7
+EARLY_PAUSE_BATCHES: Final = 48
+"""Content that changes all the time makes no more than a batch in 12 be encoded twice."""
+
+_GAIN: Final = 1.05
+"""A cheaper codec must have so many times more pages pass; it costs bytes."""
 
 SLOW_LINK_BPS: Final = 40_000_000
 """320 Mbit/s: below it the strong level keeps up with the link on less than one core."""
@@ -146,6 +157,7 @@ class _Candidate:
         self.speed_bps = prior.speed_bps
         self.max_link_bps = prior.max_link_bps
         self.strength = 1 - prior.ratio
+        self.is_measured = False  # on this content
 
 
 class CodecChoice:
@@ -170,7 +182,9 @@ class CodecChoice:
         self._patience = [UP_BATCHES] * len(priors)
         self._until_probe = FIRST_PROBE_BATCH
         self._early_probes = EARLY_PROBES
+        self._since_early = 0
         self._probed = 0
+        self._is_new_content = False
 
     @property
     def current(self) -> CodecSetting:
@@ -215,6 +229,7 @@ class CodecChoice:
         used = self._candidates[self._index(trial.setting)]
         # A batch that did not shrink is sent as it is: nothing falls below 0.
         saved = max(0.0, 1 - trial.encoded_bytes / raw_bytes)
+        self._is_new_content |= abs(saved - 1 + self._ratio(used)) > CHANGED
         self._yields += weight * (saved / used.strength - self._yields)
 
     def _compare(self, raw_bytes: int, trial: Trial, probe: Trial) -> None:
@@ -224,7 +239,9 @@ class CodecChoice:
         saved = 1 - trial.encoded_bytes / raw_bytes
         if saved >= _TELLING_SHARE:
             share = max(_TELLING_SHARE / 10, 1 - probe.encoded_bytes / raw_bytes) / saved
-            other.strength += _PROBE_WEIGHT * (share * mine.strength - other.strength)
+            weight = _PROBE_WEIGHT if other.is_measured else 1.0
+            other.strength += weight * (share * mine.strength - other.strength)
+            other.is_measured = True
 
     # --- choosing -----------------------------------------------------------------------------
 
@@ -237,6 +254,9 @@ class CodecChoice:
             load: Encoders that were at work lately, on the average.
         """
         self._until_probe -= 1
+        self._since_early += 1
+        if self._is_new_content and load <= PROBE_LOAD:
+            self._try_all_soon()
         if link is not None:
             self._learn_link(link)
         if self._link_bps is None:
@@ -259,7 +279,8 @@ class CodecChoice:
             return
         cheaper = self._candidates[below[-1]]
         passing_bps = None if link is None else link.raw_bps
-        if passing_bps is not None and passing_bps >= self._link_bps / self._ratio(cheaper):
+        could_pass_bps = self._link_bps / self._ratio(cheaper)
+        if passing_bps is not None and _GAIN * passing_bps >= could_pass_bps:
             return
         least, most = PATIENCE_BATCHES
         before = self._patience[self._current]
@@ -291,6 +312,14 @@ class CodecChoice:
             self._until_probe = EARLY_PROBE_BATCHES
         return self._next_probed()
 
+    def _try_all_soon(self) -> None:
+        self._is_new_content = False
+        if self._current and self._since_early >= EARLY_PAUSE_BATCHES:
+            self._since_early, self._early_probes = 0, EARLY_PROBES
+            self._until_probe = min(self._until_probe, EARLY_PROBE_BATCHES)
+            for candidate in self._candidates:
+                candidate.is_measured = False
+
     def _learn_link(self, link: LinkEstimate) -> None:
         if link.saturated:
             is_first = self._link_bps is None
@@ -298,7 +327,8 @@ class CodecChoice:
             if is_first:
                 self._current = self._first()
                 self._since_step = 0
-                self._until_probe = min(self._until_probe, EARLY_PROBE_BATCHES)
+                self._since_early = EARLY_PAUSE_BATCHES
+                self._try_all_soon()
         elif self._link_bps is not None:
             self._link_bps = max(self._link_bps, link.wire_bps)
 

@@ -169,7 +169,7 @@ def test_a_cheaper_codec_that_could_not_carry_more_is_not_taken() -> None:
     kept = [choice.choose(slower, hungry=True, load=1) for _ in range(100)]
     assert kept[-1] == ZSTD_1
     assert LZ4 not in kept
-    slowest = LinkEstimate(80e6, saturated=False, raw_bps=220e6)
+    slowest = LinkEstimate(75e6, saturated=False, raw_bps=205e6)
     assert [choice.choose(slowest, hungry=True, load=1) for _ in range(40)][-1] == LZ4
 
 
@@ -323,3 +323,12 @@ def test_empty_batches_say_nothing_and_unknown_codecs_are_refused() -> None:
         choice.observe(1, Trial(CodecSetting("zstd", 9), 1))
     with pytest.raises(ValueError, match="expected none as the first candidate, got lz4"):
         CodecChoice((CodecPrior(LZ4, 0.5, 1e9),))
+
+
+def test_all_candidates_are_tried_again_where_the_content_changes() -> None:
+    world = World(25e6)
+    world.run(100)
+    assert world.choice.current == ZSTD_6
+    world.ratios = {setting: ratio / 2 for setting, ratio in POINTERS.items()} | {NONE: 1.0}
+    world.run(60)
+    assert world.choice.current == WORDS
