@@ -70,12 +70,15 @@ PATIENCE_BATCHES: Final = (32, 512)
 time. A codec that lasts for longer than that is trusted as at first."""
 
 _WORTH: Final = 0.98
-"""A stronger codec must leave no more than this share of what the one before it leaves."""
+_STILL_WORTH: Final = 0.995
+"""A stronger codec must leave no more than this share of what the one before it leaves, to be
+taken, and any codec of the pages, to be kept."""
 _WEIGHT: Final = 0.25
 """Weight of a new batch in the running averages."""
 _PROBE_WEIGHT: Final = 0.5
 _TELLING_SHARE: Final = 0.05
-"""Pages of which the codec in use saves less say nothing about proportions."""
+_TELLING_BYTES: Final = 256 << 10
+"""Pages of which the codec in use saves less, or fewer pages, say nothing about proportions."""
 _BEST_RATIO: Final = 0.005
 
 
@@ -237,7 +240,7 @@ class CodecChoice:
         mine = self._candidates[self._index(trial.setting)]
         other = self._candidates[self._index(probe.setting)]
         saved = 1 - trial.encoded_bytes / raw_bytes
-        if saved >= _TELLING_SHARE:
+        if saved >= _TELLING_SHARE and raw_bytes >= _TELLING_BYTES:
             share = max(_TELLING_SHARE / 10, 1 - probe.encoded_bytes / raw_bytes) / saved
             weight = _PROBE_WEIGHT if other.is_measured else 1.0
             other.strength += weight * (share * mine.strength - other.strength)
@@ -289,14 +292,19 @@ class CodecChoice:
         self._step(below[-1])
 
     def _try_stronger(self, ladder: list[int], load: float) -> None:
-        """Step up if encoders have the time for it."""
-        above = next((index for index in ladder if index > self._current), None)
-        if above is None:
+        """Step up to the strongest codec that encoders have the time for."""
+        if not self._current:  # whose load is none
+            if ladder[-1] and self._since_step >= self._patience[ladder[1]]:
+                self._step(self._first())
             return
-        mine, next_one = self._candidates[self._current], self._candidates[above]
-        wanted = load * mine.speed_bps / next_one.speed_bps if self._current else 0.0
-        if self._since_step >= self._patience[above] and wanted <= MAX_LOAD:
-            self._step(above)
+        mine = self._candidates[self._current]
+        for above in reversed(ladder):
+            if above <= self._current:
+                return
+            wanted = load * mine.speed_bps / self._candidates[above].speed_bps
+            if self._since_step >= self._patience[above] and wanted <= MAX_LOAD:
+                self._step(above)
+                return
 
     def _step(self, to: int) -> None:
         self._current = to
@@ -349,7 +357,10 @@ class CodecChoice:
             if not self._allowed(index):
                 break
             best = self._ratio(self._candidates[ladder[-1]])
-            if self._ratio(self._candidates[index]) <= _WORTH * best:
+            worth = _WORTH
+            if index == self._current:
+                worth = 1.0 if ladder[-1] else _STILL_WORTH
+            if self._ratio(self._candidates[index]) <= worth * best:
                 ladder.append(index)
         return ladder
 
