@@ -36,8 +36,12 @@ MOST_RUNNING_BACKLOG_S = 0.05
 STOPPED_BACKLOG_BYTES = 64 * 2**20
 """The same once the guest is stopped; the link drains it, the source QEMU never waits for us."""
 
-HANDOVER_RESERVE_MS = 110
-"""Taken off the downtime limit before QEMU hears it: what verify, load and commit need here."""
+HANDOVER_MS = 110
+"""What verify, load and commit need here, at most."""
+
+HANDOVER_RESERVE_MS = 150
+"""Taken off the downtime limit before QEMU hears it: the same, and what waits for the link, of which
+QEMU knows nothing."""
 
 NOTE_NS = 20_000_000
 """How often the round's goodput is noted and the kernel's send queue fitted to the link."""
@@ -331,7 +335,7 @@ class Sender:
         if remaining_bytes is None or estimate is None or estimate.raw_bps <= 0:
             return None
         waiting = self.backlog.bytes_waiting + self._link.session.window.outstanding_raw_bytes
-        return (remaining_bytes + waiting) / estimate.raw_bps * 1000 + HANDOVER_RESERVE_MS
+        return (remaining_bytes + waiting) / estimate.raw_bps * 1000 + HANDOVER_MS
 
     def take_ack(self) -> None:
         """Use an acknowledgement that the connection has just applied to its window."""
