@@ -55,6 +55,7 @@ from proto.link.state import (
     next_join_state,
     next_state,
 )
+from proto.link.vocabulary import REQUIRABLE
 
 HANDSHAKE = (FrameType.JOIN, FrameType.JOINED, FrameType.REFUSED)
 """What opens a further connection; no move of the migration."""
@@ -101,7 +102,7 @@ class Exchange:
             the bytes on the wire, all connections.
     """
 
-    def __init__(self, role: Role, *, capabilities: frozenset[str] = frozenset()) -> None:
+    def __init__(self, role: Role, *, capabilities: frozenset[str] = REQUIRABLE) -> None:
         """Begin a migration, with its first connection.
 
         Args:

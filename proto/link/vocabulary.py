@@ -12,6 +12,9 @@ PRECOPY_AGAIN = "precopy-again"
 WORDS = "words"
 """Capability: pages may be encoded with the codec of that name."""
 
+REQUIRABLE = frozenset({WORDS})
+"""Capabilities that this code always has, so that a HELLO may require them."""
+
 GUEST_ON = ("source", "destination", "neither", "unknown", "handed-over")
 """Where a guest can be said to be; never more than is known."""
 
