@@ -104,6 +104,11 @@ class SocketStream(LinkStream):
                     self._read_some()
         except OSError as error:
             self._break(error)
+        if self.closed and not (self._drained or self.connection.ended):
+            # It was closed between two receives, which else would have found the end.
+            self._drained = True
+            self.connection.eof()
+            self._collect()
         self._tell()
 
     def _read_some(self) -> None:
