@@ -17,7 +17,7 @@ Who runs the guest if everything dies here:
 ====================================  =============  =================================
 after                                 guest          who may run it
 ====================================  =============  =================================
-END_OF_STATE sent                     paused, src    source (it resumes by itself)
+END_OF_STATE sent, mark recorded      paused, src    source (it resumes by itself)
 VERIFIED                              paused, src    source (it resumes by itself)
 READY (held)                          paused, src    source (it resumes by itself)
 ``let_go``                            paused, src    source, by ``cont``
@@ -130,6 +130,7 @@ class SourceHandover:
             SwitchoverUnknownError: COMMIT was sent and no RUNNING came.
             MigrationError: Anything else, before the point of no return.
         """
+        await self._record_mark()  # paused at the source; dies: the source resumes
         with trio.move_on_after(self.timeouts.verify_s) as waiting:
             await self._verified()  # paused at the source; dies: the source resumes
             if self.kind is CommitKind.HELD:
@@ -151,10 +152,21 @@ class SourceHandover:
         if self.hold is not None:
             self.holding = True
             try:
+                await self._record_mark()  # nobody runs; dies: ``cont`` at the source
                 await self.hold()  # nobody runs; dies: ``cont`` at the source
             finally:
                 self.holding = False
         await self._commit()
+
+    async def _record_mark(self) -> None:
+        """Record which migration of the source QEMU is ours: ``cont`` is for that one only.
+
+        Before ``let_go`` at the latest; done while the destination compares it costs no downtime.
+        """
+        if self.state_file.record is None or self.guest.form == "simulate":
+            return  # nothing that could be recovered here
+        mark = await self.guest.take_mark()
+        self.state_file.complete(mark=mark, run_state=self.outbound.state.run_state)
 
     async def _verified(self) -> None:
         answer: messages.Verified | messages.Mismatch

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from migrate.errors import MigrationError, RecordBusyError, RecoveryRefusedError
+from migrate.qemu.migration_mark import MigrationMark
 from migrate.qemu.process_mark import ProcessMark, is_stopped
 from migrate.qemu.settings import UserSettings
 
@@ -63,8 +64,8 @@ MOVES: Final[Mapping[Side, Mapping[str, frozenset[str]]]] = {
 
 MAX_RECORD_BYTES: Final = 64 * 1024
 
-RECORD_ROOM_BYTES: Final = 1024
-"""Tried before a migration: a record has some 700 bytes, and takes a block of the disk."""
+RECORD_ROOM_BYTES: Final = 2048
+"""Tried before a migration: a record has some 1100 bytes, and takes a block of the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class RecordFacts:
         process: The guest's QEMU; ``None`` if we do not know it.
         run_state: What the guest was before the migration, in QEMU's words; ``None`` = not known.
         settings: What the QEMU's user had chosen before; ``None`` if there is nothing to give back.
+        mark: Which migration of the source QEMU was ours, recorded before it is let go; ``None`` if
+            it was not yet, or nothing can tell.
     """
 
     migration_id: bytes
@@ -94,6 +97,7 @@ class RecordFacts:
     process: ProcessMark | None = None
     run_state: str | None = None
     settings: UserSettings | None = None
+    mark: MigrationMark | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,7 @@ class Record:
             KeyError, TypeError, ValueError: It is something else.
         """
         side, process, qmp = found["side"], found["process"], found["qmp"]
-        settings = found.get("settings")  # none in records of older versions
+        settings, mark = found.get("settings"), found.get("mark")  # older versions have none
         if side not in MOVES or not isinstance(found["state"], str):
             raise ValueError("no side or no state")
         facts = RecordFacts(
@@ -147,6 +151,7 @@ class Record:
             **{name: str(found[name]) for name in ("kind", "form", "guest", "peer", "link")},
             run_state=found["run_state"],
             settings=None if settings is None else UserSettings(**settings),
+            mark=None if mark is None else MigrationMark(**mark),
         )
         return cls(side, found["state"], facts, int(found["command_pid"]), found["reason"])
 
@@ -227,12 +232,28 @@ class StateFile:
             facts = replace(facts, run_state=run_state)
         self._move(Record(self.side, state, facts, os.getpid(), reason))
 
+    def complete(self, *, mark: MigrationMark | None, run_state: str | None) -> None:
+        """Add what is known by now to a record whose state stays; raises as ``write``.
+
+        Args:
+            mark: Which migration of the source QEMU is ours, ``None`` = as it is recorded.
+            run_state: The guest's, likewise.
+        """
+        if self.record is None:
+            raise MigrationError(f"nothing was recorded in {self.path} that could be completed")
+        facts = self.record.facts
+        facts = replace(facts, mark=mark or facts.mark, run_state=run_state or facts.run_state)
+        self._put(replace(self.record, facts=facts, command_pid=os.getpid()))
+
     def _move(self, record: Record) -> None:
         allowed = MOVES[self.side].get(self.state, frozenset())
         if record.state not in allowed:
             raise MigrationError(
                 f"{self.path} says {self.state or 'nothing'}: it cannot become {record.state}"
             )
+        self._put(record)
+
+    def _put(self, record: Record) -> None:
         try:
             self._store(record)
         except OSError as error:

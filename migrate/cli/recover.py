@@ -45,8 +45,9 @@ def source_recovery_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--destination-is-fenced", action="store_true",
-        help="a person's word that the destination's copy of the guest is dead and stays so: the "
-        "guest goes on at the source as it left; a wrong word lets it run twice",
+        help="a person's word that the destination's copy of the guest is dead and stays so, or, "
+        "where another migration took the guest from the source, that one's: the guest goes on at "
+        "the source as it left; a wrong word lets it run twice",
     )  # fmt: skip
     parser.add_argument(
         "--connect-timeout", metavar="TIME", type=checked(parse_seconds), default="10s",

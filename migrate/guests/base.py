@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from migrate.errors import GuestOn
 from migrate.pages.landed import LandedBlock
+from migrate.qemu.migration_mark import MigrationMark
 from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.settings import UserSettings
 from migrate.rings import RingLayout
@@ -70,12 +71,14 @@ class Whereabouts:
         text: For people.
         run_state: QEMU's run state there as asked afterwards, None if there is nobody to ask.
         is_others: Another migration than ours has it, so that none of ours is to be recovered.
+        is_under_way: That one has not ended.
     """
 
     guest_on: GuestOn
     text: str
     run_state: str | None = None
     is_others: bool = False
+    is_under_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,16 @@ class SourceGuest(Protocol):
 
     async def let_go(self) -> None:
         """Make the guest unable to resume here on its own; returns when that is certain."""
+        ...
+
+    async def take_mark(self) -> MigrationMark | None:
+        """Note what tells this migration from others, once all of its stream was taken in.
+
+        Again after ``let_go`` it may say more. None where nothing can tell.
+
+        Raises:
+            GuestError: The guest's QEMU does not answer.
+        """
         ...
 
     async def ring_layout(self) -> RingLayout | None:

@@ -26,12 +26,13 @@ from migrate.errors import (
     problems_text,
 )
 from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
-from migrate.guests.source_state import check_can_migrate, where_now
+from migrate.guests.source_state import answered, bring_back, check_can_migrate, where_now
 from migrate.params import UnixAddress
 from migrate.qemu import preflight, queries, virtio_queries
 from migrate.qemu.local_channels import LocalChannels, choose_channels, switch_on
 from migrate.qemu.local_hop import IncomingHop
 from migrate.qemu.machine_facts import MachineFacts
+from migrate.qemu.migration_mark import MigrationMark
 from migrate.qemu.multifd_hop import MultifdHop, accept_multifd
 from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
@@ -131,6 +132,7 @@ class QemuSource:
         self._powered_off = False
         self.paused_by_user = False
         self._let_go = self._has_started = False
+        self._mark: MigrationMark | None = None
         self.is_ours = True
         self._warn = warn
         self._channels = LocalChannels(0)
@@ -275,6 +277,19 @@ class QemuSource:
             throttle_percent=status.throttle_percent,
         )
 
+    async def take_mark(self) -> MigrationMark | None:
+        """As the base says.
+
+        Raises:
+            GuestError: QEMU does not answer.
+        """
+        with trio.move_on_after(self._step_s):
+            with contextlib.suppress(QmpInterruptedError):  # one that is dead never goes on
+                status = await queries.query_migrate_settled(self._client)
+                self._mark = MigrationMark.of(status)
+            return self._mark
+        raise GuestError(f"{self.name} does not answer", guest_on=GuestOn.SOURCE)
+
     async def let_go(self) -> None:
         """Answer SHUT 0 and see that QEMU completed: it cannot resume on its own any more.
 
@@ -328,23 +343,21 @@ class QemuSource:
             return Whereabouts(GuestOn.SOURCE, text, "shutdown")
         if self._client.is_closed:
             return Whereabouts(GuestOn.NEITHER, f"{self.name} is gone")
-        try:
-            with (
-                trio.fail_after(self._step_s),
-                self._client.listen("MIGRATION", "RESUME") as events,
-            ):
-                if not self.is_ours:
-                    return await where_now(self._client, self.name)
-                await self._cancel(events)
-                return await self._wait_as_before(events)
-        except QmpInterruptedError:
-            return Whereabouts(GuestOn.NEITHER, f"{self.name} is gone")
-        except QmpCommandError as error:
-            text = f"the guest is paused at the source and 'cont' failed there: {error.desc}"
-            return Whereabouts(GuestOn.NEITHER, text)
-        except trio.TooSlowError:
-            text = f"{self.name} does not answer; ask 'info status' in its monitor"
-            return Whereabouts(GuestOn.UNKNOWN, text)
+        return await answered(self._client, self.name, self._step_s, self._call_off)
+
+    async def _call_off(self, events: EventListener) -> Whereabouts:
+        if not self.is_ours:
+            return await where_now(self._client, self.name)
+        await self._cancel(events)
+        was_running = bool(self.was_running) and not self.paused_by_user
+        mark = self._mark
+
+        def is_ours(status: queries.MigrationStatus) -> bool:
+            return self._let_go and (mark is None or mark.fits(status))
+
+        return await bring_back(
+            self._client, self.name, events, was_running=was_running, is_ours=is_ours
+        )
 
     async def turn_back(self) -> Whereabouts:
         """As ``go_on``: what QEMU was told for its migration stays as it is for the next."""
@@ -371,24 +384,6 @@ class QemuSource:
             with contextlib.suppress(QmpCommandError):
                 await queries.migrate_cancel(self._client)
             await self._wait_status(events, set(queries.ENDED_STATUSES))
-
-    async def _wait_as_before(self, events: EventListener) -> Whereabouts:
-        """Wait for QEMU's own resume; after ``completed`` there is none, then say ``cont``."""
-        if not self.was_running or self.paused_by_user:
-            # 7.2 calls a paused guest 'postmigrate' after a migration that failed.
-            state = await queries.query_run_state(self._client)
-            text = "the guest is paused at the source, as it was"
-            return Whereabouts(GuestOn.SOURCE, text, state.status)
-        status = await queries.query_migrate(self._client)
-        if status.status == "completed":
-            await queries.cont(self._client)
-        while True:
-            state = await queries.query_run_state(self._client)
-            if state.running:
-                text = "the guest runs at the source"
-                return Whereabouts(GuestOn.SOURCE, text, state.status)
-            with trio.move_on_after(0.2):
-                await events.next()
 
     async def finish(self, *, quit_guest: bool) -> None:
         """Quit the source QEMU if asked to."""

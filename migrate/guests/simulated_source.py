@@ -18,6 +18,7 @@ from migrate.control.convergence import ConvergenceWatch, Sync
 from migrate.errors import GuestOn, NotConvergedError
 from migrate.guests.base import Facts, GuestProgress, QemuPlace, Whereabouts
 from migrate.guests.simulated_facts import simulated_facts, simulated_virtio, simulated_vm_id
+from migrate.qemu.migration_mark import MigrationMark
 from migrate.report.report import Report
 from migrate.rings import RingLayout
 from migrate.runtime import Runtime
@@ -303,6 +304,9 @@ class SimulatedSource:
             dirty_pages_per_s=round(self._dirty_bps / PAGE_SIZE),
             dirty_sync_count=self._round_no,
         )
+
+    async def take_mark(self) -> MigrationMark | None:
+        """There is no QEMU."""
 
     async def let_go(self) -> None:
         """Nothing to do: it never resumes unless ``go_on`` says so."""

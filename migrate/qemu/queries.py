@@ -55,6 +55,9 @@ class Parameter(enum.StrEnum):
 ENDED_STATUSES: Final = frozenset({"none", "completed", "failed", "cancelled"})
 """Migration statuses in which nothing is under way."""
 
+UNDONE_STATUSES: Final = frozenset({"failed", "cancelled"})
+"""Those of a migration that came to nothing: QEMU still has its guest."""
+
 RUN_STATE_INCOMING: Final = "inmigrate"
 RUN_STATE_COMPLETED_SOURCE: Final = "postmigrate"
 RUN_STATE_SWITCHOVER: Final = "finish-migrate"
@@ -124,6 +127,11 @@ class MigrationStatus:
     def has_ended(self) -> bool:
         """Nothing is under way: never started, completed, failed or cancelled."""
         return self.status in ENDED_STATUSES
+
+    @property
+    def has_left(self) -> bool:
+        """An outgoing migration completed; an incoming one has no times."""
+        return self.status == "completed" and self.total_time_ms is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,9 @@
 What the source recorded decides. Without COMMIT_SENT the guest is the source's. With it only the
 destination knows, and says so over the link; or a person does, who made sure of it
 (``--destination-is-fenced``). The record is locked meanwhile, so this may be started twice.
+
+Whoever owns the source QEMU may have migrated the guest elsewhere since. So it goes on only behind
+the migration that is recorded as ours, or on a person's word again.
 """
 
 import contextlib
@@ -21,9 +24,10 @@ from migrate.errors import (
     TokenError,
 )
 from migrate.guests.base import Whereabouts
-from migrate.guests.qemu_source import QemuSource
+from migrate.guests.source_state import answered, bring_back, wait_ended
 from migrate.params import LinkAddress
-from migrate.qemu.qmp_client import QmpClient
+from migrate.qemu.qmp_client import EventListener, QmpClient
+from migrate.qemu.queries import MigrationStatus
 from migrate.recovery.advice import asking_advice
 from migrate.recovery.params import SourceRecoveryParams
 from migrate.recovery.qemu import give_settings_back, open_recorded, visit_to_give_back
@@ -51,6 +55,17 @@ NO_ANSWER = (
 )
 """Nobody was asked: then nothing is known."""
 
+ELSEWHERE = (
+    "The guest has probably left by a migration that the owner of this QEMU began, and to go on "
+    "here would make a second copy: look where it went ('info status' in the monitor there). If it "
+    "is there, delete {path}. If no other copy of it runs, nor ever will, {insist}"
+)
+
+NOT_ENDED = (
+    "Wait for its end, or end it ('migrate_cancel' in that QEMU's monitor), and try again; "
+    "if it takes the guest elsewhere, delete {path}"
+)
+
 IS_BACK = ("ABORTED", "GIVEN_BACK")
 """What a destination recorded that never ran its copy and never will."""
 
@@ -73,19 +88,36 @@ class SourceRecovery(Recovery):
             await self._give_settings_back(record)
             text = "the destination said that the guest goes on there"
             return Whereabouts(GuestOn.DESTINATION, text, record.facts.run_state)
-        return await self._keep(file, record)
+        return await self._keep(file, record, fenced=self._params.fenced)
 
-    async def _keep(self, file: StateFile, record: Record) -> Whereabouts:
-        """The guest is ours: have it go on as it was, and forget the migration."""
+    async def _keep(
+        self, file: StateFile, record: Record, *, fenced: bool = False
+    ) -> Whereabouts:
+        """The guest is ours: have it go on as it was, and forget the migration.
+
+        Args:
+            file: The record.
+            record: What it says.
+            fenced: A person says that there is no other copy, wherever QEMU's last migration went.
+
+        Raises:
+            RecoveryRefusedError: It does not go on here, or has probably left.
+        """
         async with open_recorded(record.facts, self._params.qmp) as client:
-            guest = self._guest(client, record)
             if record.state == PREPARED:
                 file.write(KEPT)  # COMMIT was never sent, and never will be
-            where = await guest.go_on()
-            if where.guest_on is GuestOn.SOURCE:
+            where = await self._bring_back(client, record, fenced=fenced)
+            if where.guest_on is GuestOn.SOURCE and not where.is_others:
                 await give_settings_back(client, record.facts, self._session.warn)
-        if where.guest_on is not GuestOn.SOURCE:
-            raise RecoveryRefusedError(where.text, guest_on=where.guest_on)
+        if where.guest_on is not GuestOn.SOURCE or where.is_others:
+            text = where.text
+            if where.is_others:
+                advice = NOT_ENDED if where.is_under_way else ELSEWHERE
+                again = (
+                    "type this again" if self._params.fenced else "add --destination-is-fenced"
+                )
+                text = f"{text}. {advice.format(path=file.path, insist=again)}"
+            raise RecoveryRefusedError(text, guest_on=where.guest_on)
         file.remove()
         return where
 
@@ -93,12 +125,33 @@ class SourceRecovery(Recovery):
         """The source QEMU is done with; its owner may have another use for it."""
         await visit_to_give_back(record.facts, self._params.qmp, self._session.warn)
 
-    def _guest(self, client: QmpClient, record: Record) -> QemuSource:
-        # No stream will be opened, so no directory for its socket is needed.
-        step_s = self._params.timeouts.qemu_s
-        guest = QemuSource(client, self._state_dir, record.facts.guest, step_s=step_s)
-        guest.was_running = record.facts.run_state in {None, "running"}
-        return guest
+    async def _bring_back(
+        self, client: QmpClient, record: Record, *, fenced: bool
+    ) -> Whereabouts:
+        facts, step_s = record.facts, self._params.timeouts.qemu_s
+
+        def is_ours(status: MigrationStatus) -> bool:
+            if facts.mark is not None and facts.mark.fits(status):
+                return True
+            if fenced:
+                self._session.warn(
+                    "a person said that no other copy of the guest runs, nor ever will; what it "
+                    "did elsewhere, if it ran there, is lost"
+                )
+            return fenced
+
+        async def ask(events: EventListener) -> Whereabouts:
+            # Ours ends as soon as its stream is closed, so as its command dies.
+            busy = await wait_ended(client, facts.guest, events, step_s / 2)
+            return busy or await bring_back(
+                client,
+                facts.guest,
+                events,
+                was_running=facts.run_state in {None, "running"},
+                is_ours=is_ours,
+            )
+
+        return await answered(client, facts.guest, step_s, ask)
 
     async def _ask(self, file: StateFile, record: Record) -> Whereabouts:
         """COMMIT may have arrived: only the destination knows, or a person."""

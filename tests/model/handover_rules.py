@@ -10,9 +10,11 @@ NEEDS_A_PERSON: Final = "a person has to say that the destination is fenced"
 
 
 def one_runner(world: World, setup: Setup) -> str | None:
-    """At most one side runs the guest."""
-    both = world.src_qemu == "runs" and world.dst_qemu == "runs"
-    return "both sides run the guest" if both else None
+    """At most one side runs the guest, or a third place does."""
+    here, there = world.src_qemu == "runs", world.dst_qemu == "runs"
+    if world.elsewhere and (here or there):
+        return "the guest runs elsewhere and on one of the sides"
+    return "both sides run the guest" if here and there else None
 
 
 def no_way_back(world: World, setup: Setup) -> str | None:
@@ -68,8 +70,10 @@ RULES: Final[tuple[Rule, ...]] = (
 
 
 def runs_once(world: World) -> bool:
-    """Exactly one side runs the guest."""
-    return (world.src_qemu == "runs") != (world.dst_qemu == "runs")
+    """Exactly one side runs the guest, or a third place does."""
+    return [world.src_qemu == "runs", world.dst_qemu == "runs", world.elsewhere].count(
+        True
+    ) == 1
 
 
 def excuse(world: World, setup: Setup) -> str | None:

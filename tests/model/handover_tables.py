@@ -52,7 +52,7 @@ RUN = "handover:SourceHandover.hand_over"
 COMMIT = "handover:SourceHandover._commit"
 CALL_OFF = "source:SourceRun._call_off"
 GO_ON = "guests.qemu_source:QemuSource.go_on"
-AS_BEFORE = "guests.qemu_source:QemuSource._wait_as_before"
+AS_BEFORE = "guests.source_state:bring_back"
 BYE_SRC = "source:SourceRun._farewell"
 TURN = "way_back:WayBack._turn_back"
 
@@ -268,7 +268,10 @@ RECOVER_DST: Final = (
 SOURCE_QEMU: Final = (
     Row("held", "reads SHUT 0", "completed", when={"shut": (True,)}),
     Row("held", "sees its stream closed", "runs", when={"stream": (False,)}),
-)
+    # while no migration of ours is under way there; it looks as completed as one of ours
+    Row("runs", "is told by its owner to migrate elsewhere", "left", when={"stream": (False,)},
+        sets={"elsewhere": True}, only=("elsewhere",)),
+)  # fmt: skip
 
 DESTINATION_QEMU: Final = (
     Row("loaded", "cont", "runs", when={"cont": ("asked",)}, sets={"cont": ""}),

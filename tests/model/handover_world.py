@@ -19,7 +19,7 @@ class World(NamedTuple):
 
     Attributes:
         src_qemu: ``runs``, ``held`` (stopped; goes on when its stream closes), ``completed``
-            (stopped; needs ``cont``) or ``dead``.
+            (stopped; needs ``cont``), ``left`` (as that, by its owner's migration) or ``dead``.
         shut: SHUT 0 lies in its socket.
         stream: migrate-src has its stream open.
         migrate_src: A place in its table.
@@ -42,6 +42,7 @@ class World(NamedTuple):
         said: Sides on which somebody said that the guest is.
         dst_crash: The destination QEMU was killed from outside, or its host lost power.
         newer: The guest ran at the source since the stop whose end the destination has.
+        elsewhere: Its owner migrated it to a third place, where it runs.
     """
 
     src_qemu: str = "runs"
@@ -69,6 +70,7 @@ class World(NamedTuple):
     said: frozenset[str] = frozenset()
     dst_crash: bool = False
     newer: bool = False
+    elsewhere: bool = False
 
 
 AT: Final = {name: index for index, name in enumerate(World._fields)}

@@ -39,7 +39,8 @@ GATEWAY = Setup(
     frozenset({"withheld", "commanded", "owned", "no return path", "gateway"}),
 )
 RELAYED = Setup("relayed", frozenset({"relayed", "incoming", "return path", "gateway"}))
-SETUPS: Final = (HELD, ATTACHED, WITHHELD, GATEWAY, RELAYED)
+ELSEWHERE = Setup("held, and its owner migrates it elsewhere", HELD.traits | {"elsewhere"})
+SETUPS: Final = (HELD, ATTACHED, WITHHELD, GATEWAY, RELAYED, ELSEWHERE)
 RECONNECTING: Final = tuple(
     replace(setup, name=f"{setup.name}, reconnecting", reconnects=True)
     for setup in (HELD, WITHHELD, RELAYED)
@@ -135,6 +136,32 @@ def broken(setup: Setup, process: str, *changes: Change) -> Setup:
 
 
 MISTAKES: Final = (
+    Mistake(
+        "recovery says cont behind whatever migration has completed",
+        broken(
+            ELSEWHERE,
+            "recover_src",
+            edit_where(
+                lambda row: row.when == {"src_qemu": ("completed",)} and row.to == "forget",
+                when={"src_qemu": ("completed", "left")},
+            ),
+        ),
+        one_runner,
+        ("kill migrate_src",),
+    ),
+    Mistake(
+        "a guest that is called off goes on behind whatever migration has completed",
+        broken(
+            ELSEWHERE,
+            "migrate_src",
+            edit_where(
+                lambda row: row.when == {"src_qemu": ("completed",)} and row.to == "forget",
+                when={"src_qemu": ("completed", "left")},
+            ),
+        ),
+        one_runner,
+        ("cut",),
+    ),
     Mistake(
         "COMMIT is sent before it is recorded",
         broken(

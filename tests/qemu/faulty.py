@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 import migrate.pages.apply
 from migrate.cli import dst, src
 from migrate.errors import LandingError
+from migrate.guests.qemu_source import QemuSource
 from migrate.handover import DestinationHandover
 from migrate.inbound import Inbound
 from migrate.outbound import Outbound, Read
@@ -213,6 +214,15 @@ def die_when_recorded(wanted: str) -> None:
     StateFile.write = deadly  # type: ignore[method-assign]
 
 
+def die_before(step: str) -> None:
+    """The command is killed when it is about to tell the source QEMU this."""
+
+    async def deadly(self: QemuSource) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(QemuSource, step, deadly)
+
+
 FAULTS: dict[str, Callable[..., None]] = {
     fault.__name__: fault
     for fault in (
@@ -229,6 +239,7 @@ FAULTS: dict[str, Callable[..., None]] = {
         corrupt_avail_ring,
         slow_verify,
         die_when_recorded,
+        die_before,
     )
 }
 

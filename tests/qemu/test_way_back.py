@@ -72,7 +72,7 @@ async def test_a_guest_that_its_owner_migrated_elsewhere_does_not_run_here_again
         where = await source.go_on()
         assert (where.guest_on, where.run_state) == (GuestOn.UNKNOWN, "postmigrate")
         assert where.is_others
-        assert "its migration status is 'completed', and that migration was not" in where.text
+        assert "'completed', and that migration is not known to be ours" in where.text
         with pytest.raises(GuestError, match="its run state is 'postmigrate'"):
             await source.start()
         assert (await source.go_on()).guest_on is GuestOn.UNKNOWN
@@ -108,6 +108,58 @@ async def test_a_guest_that_its_owner_paused_stays_paused(tmp_path: Path, versio
         assert (where.guest_on, where.run_state) == (GuestOn.SOURCE, "paused")
         assert (await queries.query_run_state(owner)).status == "paused"
         assert source.stopped_at_ns is None
+
+
+@both_versions
+async def test_a_paused_guest_whose_owners_migration_failed_is_here(
+    tmp_path: Path, version: str
+) -> None:
+    """7.2 says then that it is in the run state of a guest that has left."""
+    async with owned(tmp_path, version) as (source, owner):
+        await source.start()
+        await turn_back(source)
+        await queries.stop(owner)
+        async with closes_at_the_end(tmp_path, owner) as uri:
+            await queries.migrate(owner, uri)
+            await wait_status(owner, "failed")
+        where = await source.go_on()
+        left_as = {"7.2": "postmigrate", "10.0": "paused"}[version]
+        assert (where.guest_on, where.run_state) == (GuestOn.SOURCE, left_as)
+        assert where.text == "the guest is paused at the source"
+        assert not where.is_others
+
+
+@asynccontextmanager
+async def closes_at_the_end(tmp_path: Path, owner: QmpClient) -> AsyncIterator[str]:
+    """Be a destination that reads the whole stream and does not answer that it was loaded."""
+    path = tmp_path / "reads.sock"
+    listener = trio.socket.socket(trio.socket.AF_UNIX)
+    await listener.bind(str(path))
+    listener.listen(1)
+
+    async def read() -> None:
+        sock, _ = await listener.accept()
+        with sock:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read_on, sock)
+                await wait_stopped(owner)
+                nursery.cancel_scope.cancel()
+
+    with listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            yield f"unix:{path}"
+
+
+async def read_on(sock: trio.socket.SocketType) -> None:
+    while await sock.recv(1 << 20):
+        pass
+
+
+async def wait_stopped(owner: QmpClient) -> None:
+    """Poll: whose stop it was, no event says."""
+    while (await queries.query_run_state(owner)).status != queries.RUN_STATE_SWITCHOVER:  # noqa: ASYNC110
+        await trio.sleep(0.02)
 
 
 @both_versions
@@ -167,14 +219,14 @@ async def test_to_call_a_migration_off_can_be_broken_off_and_done_again(
     async with owned(tmp_path, "10.0", channels=2) as (source, owner):
         await source.start()
         assert source.local_channels == 2
-        wait_as_before = source._wait_as_before
+        call_off = source._call_off
 
         async def cancelled(events: EventListener) -> Whereabouts:
             scope.cancel()
             await trio.lowlevel.checkpoint()
-            return await wait_as_before(events)
+            return await call_off(events)
 
-        monkeypatch.setattr(source, "_wait_as_before", cancelled)
+        monkeypatch.setattr(source, "_call_off", cancelled)
         with trio.CancelScope() as scope:
             await source.go_on()
         assert scope.cancelled_caught

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
 from migrate.errors import MigrationError, RecordBusyError, RecoveryRefusedError
+from migrate.qemu.migration_mark import MigrationMark
 from migrate.qemu.process_mark import ProcessMark, is_stopped
 from migrate.qemu.settings import UserSettings
 from migrate.state_file import (
@@ -101,6 +103,7 @@ def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
         *(ID, "withheld", "incoming", "q", "p", "h:1", Path("/q.sock"), mark),
         run_state="paused",
         settings=UserSettings({"events": False}, {"downtime-limit": 300, "tls-creds": ""}),
+        mark=MigrationMark(7, 11, total_time_ms=5),
     )
     record = StateFile(tmp_path, "destination", b"another name")
     record.begin(facts)
@@ -113,10 +116,30 @@ def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
     assert record.path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_record_of_an_older_version_has_no_settings_to_give_back(tmp_path: Path) -> None:
+def test_a_record_can_be_completed_and_its_state_stays(tmp_path: Path) -> None:
+    record = StateFile(tmp_path, "source", ID)
+    mark = MigrationMark(1, 2, 3, 4, 5, 6, 7)
+    with pytest.raises(MigrationError, match="could be completed"):
+        record.complete(mark=mark, run_state=None)
+    record.begin(FACTS)
+    record.complete(mark=None, run_state="paused")
+    record.complete(mark=mark, run_state=None)
+    record.complete(mark=None, run_state=None)
+    expected = replace(FACTS, mark=mark, run_state="paused")
+    assert read_record(record.path).facts == expected
+    assert read_record(record.path).state == PREPARED
+    record.write(COMMIT_SENT)
+    assert read_record(record.path).facts == expected
+    with pytest.raises(RecordBusyError):
+        StateFile.open(record.path)
+
+
+def test_a_record_of_an_older_version_lacks_what_was_not_recorded_then(
+    tmp_path: Path,
+) -> None:
     record = begun(tmp_path, "source")
     content = json.loads(record.path.read_text())
-    del content["settings"]
+    del content["settings"], content["mark"]
     record.path.write_text(json.dumps(content))
     assert read_record(record.path).facts == FACTS
 
