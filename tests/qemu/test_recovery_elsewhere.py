@@ -359,18 +359,20 @@ async def test_record_of_an_older_version_needs_a_persons_word(short_tmp: Path) 
         await crash.recovers(FENCED)
 
 
+@both_versions
+@pytest.mark.parametrize("return_path", [True, False])
 @pytest.mark.parametrize("leaves", [False, True])
 async def test_guest_behind_a_gateway_is_told_by_what_came(
-    short_tmp: Path, leaves: bool
+    short_tmp: Path, version: str, return_path: bool, leaves: bool
 ) -> None:
     async with Bench.open(short_tmp) as bench:
-        source = await start_guest(bench, "7.2")
+        source = await start_guest(bench, version)
         users = await source.settings()
         dst = await bench.destination(qemu=qemu(bench, "7.2"))
         hold = "--hold-before-commit"
         src = await bench.start_source("tcp:127.0.0.1:0", dst.port, hold, *SLOW)
         gateway = await src.wait_line(r"listening on (tcp:\S+)")
-        await queries.set_capabilities(source.monitor, {Capability.RETURN_PATH: True})
+        await queries.set_capabilities(source.monitor, {Capability.RETURN_PATH: return_path})
         await source.migrate(gateway[1])
         await src.wait_line("holding before commit")
         src.kill()
