@@ -64,7 +64,7 @@ MOVES: Final[Mapping[Side, Mapping[str, frozenset[str]]]] = {
 
 MAX_RECORD_BYTES: Final = 64 * 1024
 
-RECORD_ROOM_BYTES: Final = 2048
+RECORD_ROOM_BYTES: Final = 1536
 """Tried before a migration: a record has some 1100 bytes, and takes a block of the disk."""
 
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 import pytest
 
 from migrate.errors import HostExhaustedError
+from migrate.state_file import RECORD_ROOM_BYTES
 
 PROFILE: Final = """
 name = "small"
@@ -207,7 +208,9 @@ def test_a_trace_and_reports_that_find_no_room_are_left_out(
     bench: Bench, disk: Disk, side: str
 ) -> None:
     disk.fill()
-    few = {"FSIZE": 1024} if disk.limits else {}  # a record of the handover has room
+    few = (
+        {"FSIZE": RECORD_ROOM_BYTES} if disk.limits else {}
+    )  # a record of the handover has room
     written = {side: outputs(disk.path)}
     dst, port = bench.destination(*written.get("dst", ()), limits=few if side == "dst" else {})
     src = bench.source(
