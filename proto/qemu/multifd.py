@@ -54,7 +54,9 @@ class _Batches:
         """Rows for the contents of so many pages; what was added before stays as it is."""
         if self._start + self._count + count > len(self._memory):
             self.flush()
-        if self._start + count > len(self._memory):
+        left = len(self._memory) - self._start
+        # A new batch is not begun in a rest that would cut it short.
+        if left < count or (not self._count and left < self.run_pages // 2):
             self._allocate()
         begin = self._start + self._count
         return self._memory[begin : begin + count]
