@@ -128,6 +128,41 @@ def test_batches_share_memory_and_stay_as_they_are() -> None:
     assert first.data.tobytes() == before
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 350), st.integers(1, 128), st.integers(0, 3)), max_size=12
+    ),
+    st.sampled_from([256, 400, 1024]),
+)
+def test_contents_stay_with_their_pages_wherever_a_batch_ends(
+    packets: list[tuple[int, int, int]], run_pages: int
+) -> None:
+    """Batches end where a page comes that is not behind the last, and where memory ends."""
+    reader = feed(ms.initial(0))
+    reader.set_run_pages(run_pages)
+    sent: list[tuple[int, bytes]] = []
+    events: list[PageRun | ZeroRun] = []
+    for first, count, take in packets:
+        pages = range(first, min(first + count, 400))
+        contents = [(page, qs.page_of(page + len(sent))) for page in pages]
+        sent += contents
+        rest = memoryview(ms.packet(NAME, contents))
+        while rest.nbytes:
+            rest = rest[receive(rest, reader.get_buffer, reader.buffer_updated) :]
+        if not take:
+            events += reader.take_events()
+    events += reader.take_events()
+    found: list[tuple[int, bytes]] = []
+    for event in events:
+        assert isinstance(event, PageRun)
+        assert len(event.pages) <= run_pages
+        rows = event.data.tobytes()
+        found += [
+            (int(page), rows[4096 * i : 4096 * i + 4096]) for i, page in enumerate(event.pages)
+        ]
+    assert found == sent
+
+
 @given(st.binary(max_size=3000), st.integers(0, 1343), st.integers(0, 255))
 def test_garbage_gives_only_typed_errors(garbage: bytes, at: int, value: int) -> None:
     packet = bytearray(ms.packet(NAME, CONTENTS[:3], [200, 100]))
