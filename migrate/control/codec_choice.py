@@ -5,13 +5,13 @@ with the strongest codec for which processors have time:
 
 * pages go as they are until the link is seen to be the limit: that is how its rate becomes known,
   within milliseconds, and where it never is nothing is gained by an encoder;
-* from then on a link that has enough to send makes the codec one step stronger, and one that waits
-  for an encoder one step cheaper, as ``zstd --adapt`` does it, but for three things. A stronger
-  codec is taken only where the encoders rest so much that one could do its work. A cheaper one can
-  at most fill the link, so where more pages than that pass already it would lose. And a codec
-  that was too expensive is tried again later and later;
-* up to the strongest codec that pays: each must shrink the pages noticeably better than the one
-  before it, and be worth its processor time on a link of this rate;
+* from then on a link that has enough to send makes the codec stronger, and one that waits for an
+  encoder makes it cheaper, as ``zstd --adapt`` does it, but for three things. The stronger codec is
+  the strongest whose work one encoder could do, by what encoders do now. A cheaper one can at most
+  fill the link, so where about as many pages as that pass already it would only cost bytes. And a
+  codec that was too expensive is tried again later and later;
+* all this on a ladder of the codecs that pay: each must shrink the pages noticeably better than
+  those before it, and be worth its processor time on a link of this rate;
 * while the guest is what everybody waits for everything stays as it is: a codec saves bytes;
 * candidates are compared on the same pages: one batch in 64, and the first few more often, is
   encoded a second time by another candidate, whose output is thrown away. What the codec in use
@@ -74,7 +74,7 @@ _STILL_WORTH: Final = 0.995
 """A stronger codec must leave no more than this share of what the one before it leaves, to be
 taken, and any codec of the pages, to be kept."""
 _WEIGHT: Final = 0.25
-"""Weight of a new batch in the running averages."""
+"""Weight of a new batch in the running averages, if it has ``_TELLING_BYTES``."""
 _PROBE_WEIGHT: Final = 0.5
 _TELLING_SHARE: Final = 0.05
 _TELLING_BYTES: Final = 256 << 10
@@ -87,7 +87,7 @@ class CodecSetting:
     """A codec and its level.
 
     Attributes:
-        codec: ``none``, ``lz4`` or ``zstd``.
+        codec: ``none``, ``lz4``, ``zstd`` or ``words``.
         level: zstd's level, 0 for the others.
     """
 
@@ -232,8 +232,9 @@ class CodecChoice:
         used = self._candidates[self._index(trial.setting)]
         # A batch that did not shrink is sent as it is: nothing falls below 0.
         saved = max(0.0, 1 - trial.encoded_bytes / raw_bytes)
-        self._is_new_content |= abs(saved - 1 + self._ratio(used)) > CHANGED
-        self._yields += weight * (saved / used.strength - self._yields)
+        telling = min(1.0, raw_bytes / _TELLING_BYTES)
+        self._is_new_content |= telling * abs(saved - 1 + self._ratio(used)) > CHANGED
+        self._yields += telling * weight * (saved / used.strength - self._yields)
 
     def _compare(self, raw_bytes: int, trial: Trial, probe: Trial) -> None:
         """Set the probed codec in proportion to the one in use, from the same pages."""

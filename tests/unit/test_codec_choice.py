@@ -291,6 +291,16 @@ def test_a_probe_on_the_same_pages_sets_the_proportion_of_two_codecs() -> None:
     assert choice.ratio(LZ4) == pytest.approx(0.95, abs=0.01)
 
 
+def test_a_page_says_less_than_a_batch() -> None:
+    choice = CodecChoice()
+    for _ in range(20):
+        choice.observe(MIB, Trial(LZ4, MIB // 2))
+    choice.observe(4096, Trial(LZ4, 4096))
+    assert choice.ratio(LZ4) == pytest.approx(0.5, abs=0.01)
+    choice.observe(MIB, Trial(LZ4, MIB))
+    assert choice.ratio(LZ4) > 0.6
+
+
 def test_a_link_that_became_faster_is_noticed() -> None:
     world = World(link_bps=200e6)
     world.run(300)

@@ -131,10 +131,10 @@ async def test_what_does_not_compress_is_kept_on_a_slow_link() -> None:
     encoder = PageEncoder(Compress("auto"), Recorded())
     slow = LinkEstimate(2e7, saturated=True)
     found = replace(
-        pages(literals=2), literals=RANDOM.integers(0, 256, (2, PAGE_SIZE), np.uint8)
+        pages(literals=64), literals=RANDOM.integers(0, 256, (64, PAGE_SIZE), np.uint8)
     )
     plan = Plan()
-    for _ in range(200):
+    for _ in range(100):
         plan = encoder.plan(found, slow)
         await encoded(encoder, found, plan)
     assert plan.literals == NONE
