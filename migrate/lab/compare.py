@@ -24,7 +24,7 @@ from migrate.lab.measured import Endpoint
 from migrate.lab.native import NATIVE_MODES
 from migrate.lab.netns import netns_pair
 from migrate.lab.qemu_binaries import QemuBinary
-from migrate.lab.rig import Rig, Way
+from migrate.lab.rig import Rig, Way, level_memory
 from migrate.session import most_telling
 from migrate.units import KIB
 
@@ -124,13 +124,11 @@ class Comparison:
     async def _attempt(self, rig: Rig, source: Endpoint, step: Step) -> bool:
         """Migrate once and take the run; returns whether the source guest runs on."""
         run, usable = self._blank(step), True
-        ram_kib = self.plan.guests[step.cell.guest].ram_kib
         await rig.link.shape(link_rate(step.cell.link))
+        await level_memory(self.plan.guests[step.cell.guest].ram_kib * KIB)
         try:
             async with self._way(rig, step) as way:
-                figures = await rig.timed(
-                    source, way, self.plan.timeout_s, ram_bytes=ram_kib * KIB
-                )
+                figures = await rig.timed(source, way, self.plan.timeout_s)
             run = replace(run, outcome=DONE, figures=figures, error=None)
         except* DeadlineExceededError as group:
             run = replace(run, outcome=NOT_CONVERGED, error=str(most_telling(group)))

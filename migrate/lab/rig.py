@@ -186,16 +186,8 @@ class Rig:
                 monitor = await stack.enter_async_context(open_qmp(paths.qmp[0]))
                 yield Endpoint(pid, console, monitor, paths.qmp[1], workdir), receiver
 
-    async def timed(
-        self, source: Endpoint, way: Way, timeout_s: float, *, ram_bytes: int
-    ) -> Measurement:
+    async def timed(self, source: Endpoint, way: Way, timeout_s: float) -> Measurement:
         """Migrate, measure, and leave the source as it is.
-
-        Args:
-            source: Where the guest is.
-            way: Where to, and how.
-            timeout_s: Longest time.
-            ram_bytes: The guest's RAM, for which there is to be free memory (``level_memory``).
 
         Raises:
             DeadlineExceededError: Not finished in time, and called off: the guest is at the
@@ -203,7 +195,6 @@ class Rig:
             MigrationError: It failed.
         """
         await trio.sleep(SETTLE_S)
-        await level_memory(ram_bytes)
         async with stopwatch(source, way.endpoint, self.link) as watch:
             report = None
             with trio.move_on_after(timeout_s) as deadline:
@@ -256,12 +247,10 @@ async def _cancelled_nursery() -> AsyncIterator[trio.Nursery]:
 async def level_memory(ram_bytes: int, most_bytes: int = TOUCHED_MAX_BYTES) -> None:
     """Bring the machine's free memory into the same state before each run, as far as we can.
 
-    Where this machine is itself virtual, its host takes a fault for each page that has been free
-    for a while (with free page reporting two seconds), and that costs 30 times what the kernel's
-    own clearing of a page does; and huge pages are to be had or not. So as much as a destination
-    needs is touched and given back, immediately before the migration, and the kernel asked to put
-    free memory together. The page cache is left alone: programs and the guests' content stay in it
-    from the first run on.
+    A virtual machine's host takes a fault for each page that nobody used for long, and huge
+    pages are to be had or not. So as much as a destination needs is touched and given back, and
+    the kernel asked to put free memory together. The page cache is left alone: programs and the
+    guests' content stay in it from the first run on.
     """
     with contextlib.suppress(OSError):
         await trio.to_thread.run_sync(COMPACT.write_text, "1")

@@ -34,7 +34,7 @@ from migrate.lab.guest_vm import GuestConfig
 from migrate.lab.measured import Measurement
 from migrate.lab.netns import netns_pair
 from migrate.lab.qemu_binaries import QemuBinary
-from migrate.lab.rig import Rig
+from migrate.lab.rig import Rig, level_memory
 from migrate.units import KIB, NS_PER_MS, NS_PER_S, parse_duration_ns
 
 SUMMARY: Final = "migrate a guest to another host and back, each host keeping an old copy"
@@ -104,17 +104,15 @@ class Trip:
             say("booting the guest on host A")
             boot = rig.qemu(config, self.binary, rig.link.source, incoming=False)
             async with boot as at_a:
-                ram_bytes = config.ram_kib * KIB
+                await level_memory(config.ram_kib * KIB)
                 limit = {"downtime_limit_ms": self.downtime_limit_ms}
                 async with rig.engine(self.mode(a, b), config, self.binary, **limit) as to_b:
-                    there = await rig.timed(at_a, to_b, self.timeout_s, ram_bytes=ram_bytes)
+                    there = await rig.timed(at_a, to_b, self.timeout_s)
                     say(f"{LEGS[0]}: {_leg_text(there)}; it stays for {self.stay_s:g} s")
                     await trio.sleep(self.stay_s)
                     home = rig.turned.engine(self.mode(b, a), config, self.binary, **limit)
                     async with home as to_a:
-                        back = await rig.turned.timed(
-                            to_b.endpoint, to_a, self.timeout_s, ram_bytes=ram_bytes
-                        )
+                        back = await rig.turned.timed(to_b.endpoint, to_a, self.timeout_s)
                     say(f"{LEGS[1]}: {_leg_text(back)}")
         return there, back
 
