@@ -40,8 +40,8 @@ HANDOVER_MS = 110
 """What verify, load and commit need here, at most."""
 
 HANDOVER_RESERVE_MS = 150
-"""Taken off the downtime limit before QEMU hears it: the same, and what waits for the link, of which
-QEMU knows nothing."""
+"""Taken off the downtime limit before QEMU hears it: the same, and what waits for the link, of
+which QEMU knows nothing."""
 
 NOTE_NS = 20_000_000
 """How often the round's goodput is noted and the kernel's send queue fitted to the link."""
