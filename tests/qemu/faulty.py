@@ -218,6 +218,7 @@ def die_before(step: str) -> None:
     """The command is killed when it is about to tell the source QEMU this."""
 
     async def deadly(self: QemuSource) -> None:
+        await trio.lowlevel.checkpoint()
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(QemuSource, step, deadly)
