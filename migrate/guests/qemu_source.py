@@ -37,6 +37,7 @@ from migrate.qemu.multifd_hop import MultifdHop, accept_multifd
 from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
 from migrate.qemu.queries import Parameter
+from migrate.qemu.return_path_thread import ReturnPathThread
 from migrate.qemu.settings import ChangedSettings, changed_settings
 from migrate.rings import RingLayout
 from migrate.timeouts import DEFAULTS
@@ -133,6 +134,7 @@ class QemuSource:
         self.paused_by_user = False
         self._let_go = self._has_started = False
         self._mark: MigrationMark | None = None
+        self._return_path_thread: ReturnPathThread | None = None
         self.is_ours = True
         self._warn = warn
         self._channels = LocalChannels(0)
@@ -176,6 +178,8 @@ class QemuSource:
         listener = await listen(UnixAddress(self._socket_path), "the source QEMU")
         # The guest may have been stopped before, and not by our migration.
         self._switchover_seen, self.stopped_at_ns = trio.Event(), None
+        version = queries.version_of(self._client).number
+        self._return_path_thread = ReturnPathThread(self._client.peer_pid, version)
         try:
             # Not to be cancelled in between: 7.2 hangs if it finds nobody for one of its channels.
             with trio.move_on_after(CONNECT_S, shield=True):
@@ -185,6 +189,8 @@ class QemuSource:
                 else:
                     sock, _ = await listener.accept()
                     self._hop = IncomingHop(sock)
+                    await trio.lowlevel.wait_readable(sock)
+                self._return_path_thread.has_begun()
                 return
             status = await queries.query_migrate(self._client)
             why = status.error_desc or status.status
@@ -343,7 +349,10 @@ class QemuSource:
             return Whereabouts(GuestOn.SOURCE, text, "shutdown")
         if self._client.is_closed:
             return Whereabouts(GuestOn.NEITHER, f"{self.name} is gone")
-        return await answered(self._client, self.name, self._step_s, self._call_off)
+        where = await answered(self._client, self.name, self._step_s, self._call_off)
+        if self._return_path_thread is not None:
+            await self._return_path_thread.wait_gone()
+        return where
 
     async def _call_off(self, events: EventListener) -> Whereabouts:
         if not self.is_ours:

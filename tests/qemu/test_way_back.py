@@ -1,6 +1,8 @@
 """Between two migrations of ours a source QEMU and its guest are its owner's."""
 
+import os
 import random
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -96,6 +98,33 @@ async def test_a_migration_that_is_not_ours_is_not_cancelled(
             await source.go_on()
             assert (await queries.query_migrate(owner)).status == "active"
             await queries.migrate_cancel(owner)
+
+
+@both_versions
+async def test_the_owner_gets_a_source_without_threads_of_the_last_migration(
+    tmp_path: Path, version: str
+) -> None:
+    """7.2 says that it was cancelled before its return path thread has heard of it."""
+    async with owned(tmp_path, version) as (source, owner):
+        before = set(threads(owner.peer_pid))
+        await source.start()
+        begun = [tid for tid in threads(owner.peer_pid) if tid not in before]
+        assert begun
+        for tid in begun:  # beside one that works all the time they hardly run
+            os.sched_setaffinity(tid, {0})
+            os.sched_setscheduler(tid, os.SCHED_IDLE, os.sched_param(0))
+        works = (
+            f"import os; os.sched_setaffinity(0, {{0}})\nwhile os.getppid() == {os.getpid()}: 0"
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.run_process, [sys.executable, "-c", works])
+            await turn_back(source)
+            nursery.cancel_scope.cancel()
+        assert not set(begun) & set(threads(owner.peer_pid))
+
+
+def threads(pid: int) -> list[int]:
+    return [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
 
 
 @both_versions
