@@ -20,6 +20,7 @@ import xxhash
 
 from migrate.checkpoint.source_side import SourceCopies
 from migrate.control.codec_choice import CodecSetting
+from migrate.control.first_walk import FirstWalk
 from migrate.encoding import PageEncoder, Plan
 from migrate.errors import GuestError
 from migrate.guests.base import SourceGuest
@@ -28,7 +29,6 @@ from migrate.pages.page_cache import affordable_slots, less_cache
 from migrate.ring_guard import SourceRingGuard
 from migrate.runtime import Costs, Runtime, Step
 from migrate.sending import (
-    RUNNING_BACKLOG_BYTES,
     STOPPED_BACKLOG_BYTES,
     Outgoing,
     Sender,
@@ -138,6 +138,7 @@ class Outbound:
         self._opaque_hash = xxhash.xxh3_128(seed=seed)
         self._before_stop: xxhash.xxh3_128 | None = None
         self._splice = Splice()
+        self._walk = FirstWalk()
         self._to_classify, self._read_out = trio.open_memory_channel[list[Read]](0)
         self._nursery: trio.Nursery | None = None
         self._reading = trio.CancelScope()
@@ -186,7 +187,7 @@ class Outbound:
     def guest_runs(self) -> None:
         """Say that the guest goes on at the source."""
         self.state.switchover_at_ns = None
-        self.sender.backlog.set_limit(RUNNING_BACKLOG_BYTES)
+        self.sender.let_little_wait()
 
     async def say_again(self, count: int) -> None:
         """Say PRECOPY_AGAIN behind what is left of this stream; returns when it was heard."""
@@ -198,6 +199,7 @@ class Outbound:
         assert self._nursery is not None, "run() comes first"
         self._reading, self._left = trio.CancelScope(), trio.Event()
         self._splice.begin_another()
+        self._walk = FirstWalk()
         self._nursery.start_soon(self._read_stream, [])
 
     # --- read ---------------------------------------------------------------------------------
@@ -218,6 +220,8 @@ class Outbound:
         while True:
             if any(isinstance(event, Switchover) for event in events):
                 self._guest_stopped()
+            self._walk.see(events)
+            self.sender.to_come_bytes = self._walk.to_come_bytes
             last = events[-1] if events else None
             if events := self._splice.take(events):
                 self._copies.keep(events)
@@ -248,12 +252,16 @@ class Outbound:
         """From here on the guest waits, and so the source QEMU must not."""
         if self.state.switchover_at_ns is None:
             self.state.switchover_at_ns = self._runtime.now_ns()
-            self.sender.backlog.set_limit(STOPPED_BACKLOG_BYTES)
+            self.sender.let_wait(STOPPED_BACKLOG_BYTES)
 
     def _burst_bytes(self) -> int:
         estimate = self.sender.consumed_estimate()
         wanted = int(estimate.raw_bps * BURST_NS / 1e9) if estimate else 0
         return min(max(wanted, MIN_BURST_BYTES), MAX_BURST_BYTES)
+
+    def note_remaining(self, remaining_bytes: int) -> None:
+        """Note what the guest says that it has yet to send of this round."""
+        self._walk.see_remaining(remaining_bytes)
 
     # --- classify -----------------------------------------------------------------------------
 
@@ -398,7 +406,7 @@ class Outbound:
         if event.kind in (OpaqueKind.REST, OpaqueKind.REST_IN_RAM) and event.reason:
             self.state.opaque_rest = event.reason
             # no switchover can be seen in what is not understood: never stop reading for long
-            self.sender.backlog.set_limit(STOPPED_BACKLOG_BYTES // 4)
+            self.sender.let_wait(STOPPED_BACKLOG_BYTES // 4)
         self._opaque_hash.update(event.data)
         reason = event.reason
         for start in range(0, max(1, len(event.data)), OPAQUE_PIECE_BYTES):

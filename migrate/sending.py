@@ -33,6 +33,14 @@ MIN_RUNNING_BACKLOG_BYTES = 2**20
 MOST_RUNNING_BACKLOG_S = 0.05
 """On a slow link no more than passes in this time: QEMU does not know of it, so it is downtime."""
 
+ZERO_SCAN_BPS = 8e9
+"""How fast a QEMU passes memory that is all zero. It sends next to nothing meanwhile."""
+
+MOST_AHEAD_S = 0.12
+MOST_AHEAD_BYTES = 32 * 2**20
+"""As long as so much memory is still to come that the guest cannot be stopped soon, more may wait:
+no more than is gone by the time that the QEMU has passed all of it, were it zero."""
+
 STOPPED_BACKLOG_BYTES = 64 * 2**20
 """The same once the guest is stopped; the link drains it, the source QEMU never waits for us."""
 
@@ -94,6 +102,7 @@ class Sender:
 
     Attributes:
         backlog: Messages in the order in which they leave.
+        to_come_bytes: Guest memory that the source has yet to look at before it can stop the guest.
         goodput: What the destination guest consumes.
         carried: What the link carries, whether or not the guest takes it in.
         meter: The same as the kernel sees it, where one does.
@@ -110,6 +119,8 @@ class Sender:
         self._now_ns = runtime.now_ns
         self._ledger = ledger
         self.backlog: Backlog[Outgoing] = Backlog(RUNNING_BACKLOG_BYTES)
+        self.to_come_bytes = 0
+        self._fits_backlog = True
         self.goodput = Goodput()
         self.carried = Goodput()
         self.meter = LinkMeter()
@@ -379,13 +390,30 @@ class Sender:
                     self._link.allow_unsent(estimate.wire_bps)
                     self._fit_backlog(estimate.raw_bps)
 
+    def let_wait(self, limit_bytes: int) -> None:
+        """Let so much wait for the link from now on, however fast that is."""
+        self._fits_backlog = False
+        self.backlog.set_limit(limit_bytes)
+
+    def let_little_wait(self) -> None:
+        """Let only what fits the link wait: the guest runs."""
+        self._fits_backlog = True
+        self.backlog.set_limit(RUNNING_BACKLOG_BYTES)
+
     def _fit_backlog(self, raw_bps: float) -> None:
-        if self.backlog.limit_bytes <= MAX_RUNNING_BACKLOG_BYTES:  # the guest runs
-            self.backlog.set_limit(running_backlog_bytes(raw_bps))
+        if self._fits_backlog:
+            self.backlog.set_limit(running_backlog_bytes(raw_bps, self.to_come_bytes))
 
 
-def running_backlog_bytes(raw_bps: float) -> int:
-    """What may wait for a link that carries so many bytes of pages a second."""
+def running_backlog_bytes(raw_bps: float, to_come_bytes: int = 0) -> int:
+    """What may wait for a link that carries so many bytes of pages a second.
+
+    Args:
+        raw_bps: Page bytes a second.
+        to_come_bytes: As the attribute of ``Sender``.
+    """
     wanted = max(raw_bps * RUNNING_BACKLOG_S, RUNNING_BACKLOG_BYTES)
     most = max(raw_bps * MOST_RUNNING_BACKLOG_S, MIN_RUNNING_BACKLOG_BYTES)
-    return int(min(wanted, most, MAX_RUNNING_BACKLOG_BYTES))
+    ahead = raw_bps * min(to_come_bytes / ZERO_SCAN_BPS, MOST_AHEAD_S)
+    fitting = min(wanted, most, MAX_RUNNING_BACKLOG_BYTES)
+    return int(fitting + min(ahead, MOST_AHEAD_BYTES))

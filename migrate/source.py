@@ -478,6 +478,8 @@ class SourceRun:
         outbound = self._outbound
         if outbound is not None and outbound.state.switchover_at_ns is None:
             outbound.sender.note_guest(known.dirty_pages_per_s, known.throttle_percent)
+            if known.remaining_bytes is not None:
+                outbound.note_remaining(known.remaining_bytes)
 
     def _progress_state(self, known: GuestProgress) -> ProgressState:
         limit_ms = self._params.downtime_limit_ms

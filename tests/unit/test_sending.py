@@ -19,3 +19,21 @@ MIB = 1 << 20
 )
 def test_what_waits_is_bounded_in_bytes_and_in_time(raw_bps: float, wanted: int) -> None:
     assert running_backlog_bytes(raw_bps) == wanted
+
+
+@pytest.mark.parametrize(
+    ("to_come_bytes", "more"),
+    [
+        (
+            80 * MIB,
+            150e6 * 80 * MIB / 8e9,
+        ),  # gone by the time that so many zero pages are passed
+        (64 << 30, 150e6 * 0.12),
+    ],
+)
+def test_more_may_wait_while_much_memory_is_to_come(to_come_bytes: int, more: float) -> None:
+    assert running_backlog_bytes(150e6, to_come_bytes) == int(6_000_000 + more)
+
+
+def test_what_waits_early_is_bounded_too() -> None:
+    assert running_backlog_bytes(2e9, 64 << 30) == 40 * MIB
