@@ -23,7 +23,8 @@ from migrate.control.link_meter import LinkEstimate
 from migrate.control.occupancy import Occupancy
 from migrate.pages.classify import ClassifiedPages
 from migrate.pages.encode import NOTHING, Encoded, encode_rows, make_batch
-from migrate.pages.page_cache import KeepRule, Rows
+from migrate.pages.page_cache import KeepRule
+from migrate.pages.picked_rows import PickedRows
 from migrate.params import Compress
 from migrate.runtime import Runtime, Step
 from proto.codecs import Codec, CodecId, make_codec
@@ -161,10 +162,10 @@ class PageEncoder:
             literals = await self._run(pages.literals, plan.literals, name)
         ready(make_batch(pages, literals, differences))
         if plan.literals is not None:
-            trial = Trial(plan.literals, len(literals.data))
+            trial = Trial(plan.literals, literals.length)
             await self._learn(pages.literals, trial, plan.probe)
 
-    async def _learn(self, rows: Rows, trial: Trial, probe: CodecSetting | None) -> None:
+    async def _learn(self, rows: PickedRows, trial: Trial, probe: CodecSetting | None) -> None:
         if trial.setting != NONE:
             self._deltas.observe(rows.nbytes, trial.encoded_bytes)
         if self._compress.mode != "auto":
@@ -172,10 +173,10 @@ class PageEncoder:
         probed = None
         if probe is not None:
             thrown_away = await self._run(rows, probe, str(probe))
-            probed = Trial(probe, len(thrown_away.data))
+            probed = Trial(probe, thrown_away.length)
         self._choice.observe(rows.nbytes, trial, probed)
 
-    async def _run(self, rows: Rows, setting: CodecSetting, cost: str) -> Encoded:
+    async def _run(self, rows: PickedRows, setting: CodecSetting, cost: str) -> Encoded:
         if setting == NONE:
             return encode_rows(rows, None)
         codec: Codec = make_codec(CODEC_IDS[setting.codec], setting.level or 1)

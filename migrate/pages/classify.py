@@ -17,16 +17,14 @@ from migrate.pages.page_cache import (
     KeepRule,
     Kept,
     PagesNow,
-    Rows,
     SourceCache,
     no_slots,
     nothing_kept,
 )
+from migrate.pages.picked_rows import NOTHING_PICKED, PickedRows
 from migrate.pages.slot_policy import NO_SLOT, Slots
-from proto.guest_events import PAGE_SIZE, PageRun, RamBlock, ZeroRun
+from proto.guest_events import PageRun, RamBlock, ZeroRun
 from proto.link.page_lists import NO_PAGES, Pages
-
-_NO_ROWS = np.empty((0, PAGE_SIZE), np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,10 +39,10 @@ class ClassifiedPages:
         ref_slots: Slots read, as the cache was before this batch's own writes.
         delta_pages: Pages that travel as the difference to a slot.
         delta_bases: The slots, which hold the new content afterwards.
-        differences: XOR of each delta page and its base, shape (n, 4096).
+        differences: XOR of each delta page and its base.
         literal_pages: Pages that travel.
         literal_slots: Slot that each literal page goes into, or NO_SLOT.
-        literals: Contents of the literal pages, shape (n, 4096).
+        literals: Contents of the literal pages.
     """
 
     block: int
@@ -54,10 +52,10 @@ class ClassifiedPages:
     ref_slots: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
     delta_pages: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
     delta_bases: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
-    differences: Rows = field(default_factory=lambda: _NO_ROWS)
+    differences: PickedRows = field(default_factory=lambda: NOTHING_PICKED)
     literal_pages: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
     literal_slots: NDArray[np.uint32] = field(default_factory=lambda: NO_PAGES)
-    literals: Rows = field(default_factory=lambda: _NO_ROWS)
+    literals: PickedRows = field(default_factory=lambda: NOTHING_PICKED)
 
     @property
     def content_count(self) -> int:
@@ -122,7 +120,7 @@ class Classifier:
         return ClassifiedPages(run.block, fresh, int(known.sum()))
 
     def classify(self, run: PageRun, rule: KeepRule = KEEP) -> ClassifiedPages:
-        """Classify pages with content; ``literals`` may be ``run.data`` itself.
+        """Classify pages with content; ``literals`` may be in ``run.data`` itself.
 
         Args:
             run: The pages.
@@ -130,7 +128,7 @@ class Classifier:
         """
         digests = digest_pages(run.data, self._seed)
         rows = self.table.rows(run.block, run.pages)
-        now = PagesNow(rows, run.data, digests, self.table.at(rows))
+        now = PagesNow(rows, PickedRows(run.data), digests, self.table.at(rows))
         same = (now.before == digests).all(axis=1)
         zero = (digests == self._zero).all(axis=1) & ~same
         # Looked up before anything of this batch counts, as the destination reads its slots.
@@ -145,14 +143,15 @@ class Classifier:
             self._follow(run.block, now.select(ref))
             pages, now = pages[~known], now.select(~known)
         kept = self._keep(run.block, now, rule)
-        delta, data = kept.is_delta, now.data
+        delta = kept.is_delta
         if delta is None:
-            nothing = (NO_PAGES, NO_PAGES, _NO_ROWS)
-            return ClassifiedPages(run.block, *elsewhere, *nothing, pages, kept.slots, data)
+            nothing = (NO_PAGES, NO_PAGES, NOTHING_PICKED)
+            literals = (pages, kept.slots, now.picked)
+            return ClassifiedPages(run.block, *elsewhere, *nothing, *literals)
         rest = ~delta
         bases = NO_PAGES if self._landed else kept.slots[delta]
-        differing = (pages[delta], bases, kept.differences)
-        literals = (pages[rest], kept.slots[rest], data[rest])
+        differing = (pages[delta], bases, PickedRows(kept.differences))
+        literals = (pages[rest], kept.slots[rest], now.picked.pick(rest))
         return ClassifiedPages(run.block, *elsewhere, *differing, *literals)
 
     def _find(self, digests: Digests) -> tuple[NDArray[np.bool_], Slots]:

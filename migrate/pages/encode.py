@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 
 from migrate.pages.classify import ClassifiedPages
-from migrate.pages.page_cache import Rows
+from migrate.pages.picked_rows import PickedRows
 from proto.codecs import Codec, CodecId
 from proto.link.frames import Buffer
 from proto.link.pages import PageBatch
@@ -18,31 +18,36 @@ class Encoded:
 
     Attributes:
         codec_id: How they are encoded, a ``CodecId``.
-        data: One buffer.
+        buffers: What follows each other.
     """
 
     codec_id: int
-    data: Buffer
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def length(self) -> int:
+        """Bytes of all buffers."""
+        return sum(map(len, self.buffers))
 
 
-NOTHING: Final = Encoded(CodecId.RAW, b"")
+NOTHING: Final = Encoded(CodecId.RAW, ())
 """What a batch has of a class without pages."""
 
 
-def encode_rows(rows: Rows, codec: Codec | None) -> Encoded:
+def encode_rows(rows: PickedRows, codec: Codec | None) -> Encoded:
     """Compress rows together; they stay as they are, without a copy, if they do not shrink.
 
     Args:
-        rows: Shape (n, 4096).
+        rows: Of pages or differences.
         codec: ``None`` to leave them as they are.
     """
     if not len(rows):
         return NOTHING
-    raw = np.ascontiguousarray(rows).reshape(-1).data
-    packed = None if codec is None else codec.encode(raw)
-    if codec is None or packed is None:
-        return Encoded(CodecId.RAW, raw)
-    return Encoded(codec.codec_id, packed)
+    if codec is not None:
+        packed = codec.encode(np.ascontiguousarray(rows.array).reshape(-1).data)
+        if packed is not None:
+            return Encoded(codec.codec_id, (packed,))
+    return Encoded(CodecId.RAW, tuple(piece.reshape(-1).data for piece in rows.pieces))
 
 
 def make_batch(pages: ClassifiedPages, literals: Encoded, differences: Encoded) -> PageBatch:
@@ -56,9 +61,9 @@ def make_batch(pages: ClassifiedPages, literals: Encoded, differences: Encoded) 
         delta_pages=pages.delta_pages,
         delta_bases=pages.delta_bases,
         delta_codec_id=differences.codec_id,
-        delta_encoded=differences.data,
+        delta_encoded=differences.buffers[0] if differences.buffers else b"",
         literal_pages=pages.literal_pages,
         literal_slots=pages.literal_slots,
         codec_id=literals.codec_id,
-        encoded=literals.data,
+        encoded=literals.buffers,
     )

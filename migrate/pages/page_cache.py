@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 
 from migrate.pages.digests import Digests
 from migrate.pages.last_places import LastPlaces
+from migrate.pages.picked_rows import NO_ROWS, PickedRows, Rows
 from migrate.pages.slot_policy import NO_SLOT, PageRows, SlotPolicy, Slots
 from migrate.units import MIB, format_size
 from proto.guest_events import PAGE_SIZE
-
-Rows = NDArray[np.uint8]
-"""Content of n pages, shape (n, 4096)."""
 
 _BUCKETS_PER_SLOT: Final = 4
 
@@ -87,13 +85,13 @@ class PagesNow:
 
     Attributes:
         rows: Their numbers, counted over all blocks, shape (n,).
-        data: Their content.
+        picked: Their content.
         digests: Its digests.
         before: Digests of what the destination has at these pages so far.
     """
 
     rows: PageRows
-    data: Rows
+    picked: PickedRows
     digests: Digests
     before: Digests
 
@@ -101,10 +99,15 @@ class PagesNow:
         """Number of pages."""
         return len(self.rows)
 
+    @property
+    def data(self) -> Rows:
+        """Their content together, shape (n, 4096)."""
+        return self.picked.array
+
     def select(self, which: NDArray[np.bool_]) -> "PagesNow":
-        """Some of them, copied."""
+        """Some of them."""
         return PagesNow(
-            self.rows[which], self.data[which], self.digests[which], self.before[which]
+            self.rows[which], self.picked.pick(which), self.digests[which], self.before[which]
         )
 
 
@@ -139,7 +142,7 @@ class Kept:
 
 def nothing_kept(pages: PagesNow) -> Kept:
     """All of them travel as they are, and none has a slot."""
-    return Kept(None, no_slots(len(pages)), pages.data[:0])
+    return Kept(None, no_slots(len(pages)), NO_ROWS)
 
 
 class SourceCache:
@@ -166,7 +169,7 @@ class SourceCache:
 
     def keep(self, pages: PagesNow, rule: KeepRule) -> Kept:
         """Take pages that travel: decide which go as a difference, and keep what pays."""
-        policy, rows, data = self._policy, pages.rows, pages.data
+        policy, rows = self._policy, pages.rows
         useless = self._is_private and not rule.max_words
         if policy.slot_count == 0 or useless or not len(rows):
             return nothing_kept(pages)
@@ -176,11 +179,11 @@ class SourceCache:
             if placed is None:
                 return nothing_kept(pages)
             self._write(placed, pages)
-            return Kept(None, placed, data[:0])
+            return Kept(None, placed, NO_ROWS)
         slots = policy.find(rows)
         unknown = slots == NO_SLOT
         known = np.flatnonzero(~unknown)
-        is_delta, differences = None, data[:0]
+        is_delta, differences = None, NO_ROWS
         bases = known if rule.max_words else known[:0]
         if self._is_private and len(bases):
             held = self._digests[slots[known]] == pages.before[known]

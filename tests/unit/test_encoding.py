@@ -13,6 +13,7 @@ from migrate.control.link_meter import LinkEstimate
 from migrate.encoding import PageEncoder, Plan
 from migrate.pages.classify import ClassifiedPages
 from migrate.pages.page_cache import KeepRule
+from migrate.pages.picked_rows import PickedRows
 from migrate.params import Compress
 from migrate.runtime import Costs, RealRuntime, Step
 from proto.codecs import CodecId, decode
@@ -51,10 +52,10 @@ def pages(literals: int = 0, deltas: int = 0) -> ClassifiedPages:
         0,
         delta_pages=page_array(range(deltas)),
         delta_bases=page_array(range(deltas)),
-        differences=differences,
+        differences=PickedRows(differences),
         literal_pages=page_array(range(100, 100 + literals)),
         literal_slots=page_array([NOT_CACHED] * literals),
-        literals=content,
+        literals=PickedRows(content),
     )
 
 
@@ -89,9 +90,9 @@ async def test_literals_and_deltas_have_codecs_of_their_own(
         "zero": 0, "same": 0, "ref": 0, "delta": len(both.delta_pages), "literal": 8
     }  # fmt: skip
     raw = b"".join(map(bytes, batch.encoded_buffers))
-    assert bytes(decode(batch.codec_id, raw, 8 * PAGE_SIZE)) == both.literals.tobytes()
+    assert bytes(decode(batch.codec_id, raw, 8 * PAGE_SIZE)) == both.literals.array.tobytes()
     differences = decode(batch.delta_codec_id, batch.delta_encoded, both.differences.nbytes)
-    assert bytes(differences) == both.differences.tobytes()
+    assert bytes(differences) == both.differences.array.tobytes()
     if literals != NONE:
         costs = [("delta", 4 * PAGE_SIZE), (str(literals), 8 * PAGE_SIZE)]
         assert runtime.costs == costs
@@ -111,8 +112,10 @@ def test_nothing_to_encode_is_passed_on_as_it_is() -> None:
     found = pages(literals=3)
     assert encoder.plan(found, None).is_instant
     batch = encoder.pass_on(found)
-    assert bytes(batch.encoded_buffers[0]) == found.literals.tobytes()
-    assert np.shares_memory(np.frombuffer(batch.encoded_buffers[0], np.uint8), found.literals)
+    assert bytes(batch.encoded_buffers[0]) == found.literals.array.tobytes()
+    assert np.shares_memory(
+        np.frombuffer(batch.encoded_buffers[0], np.uint8), found.literals.array
+    )
 
 
 async def test_on_a_link_faster_than_encoders_only_pages_that_come_back_are_kept() -> None:
@@ -130,9 +133,8 @@ async def test_on_a_link_faster_than_encoders_only_pages_that_come_back_are_kept
 async def test_what_does_not_compress_is_kept_on_a_slow_link() -> None:
     encoder = PageEncoder(Compress("auto"), Recorded())
     slow = LinkEstimate(2e7, saturated=True)
-    found = replace(
-        pages(literals=64), literals=RANDOM.integers(0, 256, (64, PAGE_SIZE), np.uint8)
-    )
+    noise = PickedRows(RANDOM.integers(0, 256, (64, PAGE_SIZE), np.uint8))
+    found = replace(pages(literals=64), literals=noise)
     plan = Plan()
     for _ in range(100):
         plan = encoder.plan(found, slow)
