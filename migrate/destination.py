@@ -319,6 +319,7 @@ class DestinationRun:
             nursery.start_soon(guest.watch)
             await inbound.wait_flowing()
             await guest.receive()
+            self._session.builder.report.local_channels = guest.local_channels
             if agreement.kind is CommitKind.RELAYED:
                 nursery.start_soon(self._relay, guest, link)
             await inbound.run()

@@ -81,6 +81,8 @@ class GuestOpener:
                 params.qmp,
                 run_dir,
                 landing=params.landing == "auto",
+                channels_wish=params.local_channels,
+                warn=self._session.warn,
                 step_s=params.timeouts.qemu_s,
             ) as attached:
                 yield attached
@@ -122,6 +124,8 @@ class GuestOpener:
                 owned=qemu,
                 argv=argv,
                 landing=self._params.landing == "auto",
+                channels_wish=self._params.local_channels,
+                warn=self._session.warn,
                 step_s=self._params.timeouts.qemu_s,
             ) as guest:
                 yield guest

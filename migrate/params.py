@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from migrate.channel_params import check_channels
 from migrate.checkpoint.params import CheckpointParams, needs_vm_id
 from migrate.errors import ParamsError
 from migrate.link_security import UNPROTECTED, LinkSecurity
@@ -19,7 +20,6 @@ from migrate.units import GIB, KIB, MIB, size_text
 from proto.guest_events import PAGE_SIZE
 from proto.limits import MAX_STREAMS
 
-MAX_LOCAL_CHANNELS: Final = 64
 """QEMU takes up to 255; each costs it and us a thread and memory for a packet or two."""
 
 MAX_CACHE_BYTES: Final = 64 * GIB
@@ -361,14 +361,8 @@ class SourceParams:
             raise ParamsError(
                 f"expected --max-bandwidth of at least 100kbit, got {bandwidth} B/s"
             )
-        if self.local_channels is not None:
-            if not 0 <= self.local_channels <= MAX_LOCAL_CHANNELS:
-                raise ParamsError(
-                    f"expected --local-channels auto or 0 to {MAX_LOCAL_CHANNELS}, "
-                    f"got {self.local_channels}"
-                )
-            if self.qmp is None:
-                raise ParamsError("--local-channels needs --qmp: a gateway takes what comes")
+        no_wish = "--qmp: a gateway takes what comes" if self.qmp is None else ""
+        check_channels(self.local_channels, no_wish)
         if not 1 <= self.streams <= MAX_STREAMS:
             raise ParamsError(f"expected --streams from 1 to {MAX_STREAMS}, got {self.streams}")
         _check_cache(self.cache_bytes, "--cache")
@@ -394,6 +388,8 @@ class DestinationParams:
         run_for_s: Seconds that a simulated guest lives here after the handover.
         cache_max_bytes: Largest page cache a source may ask for.
         landing: ``auto`` writes pages straight into the QEMU's RAM where that is possible.
+        local_channels: Connections beside the main one over which a QEMU driven by QMP gets pages
+            that do not land; 0 = none, None = as it is best.
         allow_inconsistent_rings: As for the source, for a guest whose source cannot check.
         state_dir: Where the handover is recorded; survives a crash of the host.
         run_dir: Where the sockets and logs of a QEMU that we start live; made with mode 0700.
@@ -413,6 +409,7 @@ class DestinationParams:
     run_for_s: float = DEFAULT_RUN_FOR_S
     cache_max_bytes: int = 1 * GIB
     landing: LandingMode = "auto"
+    local_channels: int | None = None
     allow_inconsistent_rings: bool = False
     state_dir: Path
     run_dir: Path
@@ -441,6 +438,9 @@ class DestinationParams:
             _check_socket_path(self.qmp, "--qmp")
         if isinstance(self.incoming, LinkAddress) and self.incoming.port == 0:
             raise ParamsError(f"--incoming needs QEMU's port, got {self.incoming}")
+        told = self.qemu_argv is not None or self.qmp is not None
+        no_wish = "" if told else "'-- QEMU COMMAND' or --qmp: nobody else can be told"
+        check_channels(self.local_channels, no_wish)
         if self.checkpoint is not None and self.incoming is not None and self.vm_id is None:
             raise needs_vm_id("--incoming cannot ask the QEMU for a UUID")
         _check_cache(self.cache_max_bytes, "--cache-max")

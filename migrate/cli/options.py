@@ -192,6 +192,11 @@ def _add_destination_guest(parser: argparse.ArgumentParser) -> None:
         "--landing", choices=("auto", "never"), default="auto",
         help="auto: write pages straight into the QEMU's RAM where that is possible",
     )  # fmt: skip
+    group.add_argument(
+        "--local-channels", metavar="N", type=checked(_parse_channels), default="auto",
+        help="connections beside the main one that the QEMU gets pages over which do not land "
+        "(multifd), 0 for none",
+    )  # fmt: skip
 
 
 def destination_parser() -> argparse.ArgumentParser:
@@ -301,6 +306,7 @@ def parse_destination(argv: Sequence[str]) -> DestinationParams:
             run_for_s=options.run_for,
             cache_max_bytes=options.cache_max,
             landing=options.landing,
+            local_channels=options.local_channels,
             allow_inconsistent_rings=options.allow_inconsistent_rings,
             state_dir=options.state_dir,
             run_dir=options.run_dir,

@@ -214,6 +214,14 @@ class DestinationGuest(Protocol):
     place: QemuPlace
 
     @property
+    def local_channels(self) -> int | None:
+        """Multifd channels that pages go over, 0 for none, known after ``receive``.
+
+        None where there is no QEMU.
+        """
+        ...
+
+    @property
     def may_have_run(self) -> bool:
         """Whether the guest ran here, or may have: then it must not go on anywhere else."""
         ...

@@ -38,6 +38,8 @@ class IncomingDestination:
     form = "incoming"
     commanded = False
     place = QemuPlace()
+    local_channels = 0
+    """Its owner set it up; whether with multifd cannot be asked."""
     virtio_devices = staticmethod(virtio_devices)
 
     def __init__(

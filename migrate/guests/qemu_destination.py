@@ -6,7 +6,7 @@ and not before.
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +28,19 @@ from migrate.guests.base import EXIT_GRACE_S, Facts, QemuPlace
 from migrate.pages.landed import LandedBlock
 from migrate.params import UnixAddress
 from migrate.qemu import preflight, queries, virtio_queries
+from migrate.qemu.incoming_channels import choose_incoming, writer_for
 from migrate.qemu.landing import Landing, find_landing
 from migrate.qemu.loader import QemuLoader
-from migrate.qemu.local_hop import OutgoingHop
+from migrate.qemu.local_channels import LocalChannels, switch_on
+from migrate.qemu.machine_facts import MachineFacts
+from migrate.qemu.multifd_out import connect_multifd
 from migrate.qemu.process import OwnedQemu
 from migrate.qemu.process_mark import ProcessMark
 from migrate.qemu.qmp_client import EventListener, QmpClient, open_qmp
+from migrate.qemu.queries import Parameter
 from migrate.qemu.settings import ChangedSettings, changed_settings
 from migrate.timeouts import DEFAULTS
-from migrate.transport.channels import connect
-from proto.guest_events import GuestEvent, RamBlocks
+from proto.guest_events import PAGE_SIZE, GuestEvent, RamBlocks
 from proto.qemu.physical import PhysicalMap
 from proto.qemu.ram import page_buffer
 from proto.qemu.virtio import virtio_devices
@@ -55,6 +58,8 @@ DISCARD_S = 10.0
 
 CAPABILITIES_ON = ("late-block-activate", "events")
 CAPABILITIES_OFF = ("multifd", "postcopy-ram", "x-colo", "mapped-ram", "switchover-ack")
+PARAMETERS = (Parameter.MULTIFD_CHANNELS, Parameter.MULTIFD_COMPRESSION)
+"""What may change; recovery gives it back, too."""
 
 NOT_ANONYMOUS = (
     "readconfig",
@@ -94,6 +99,10 @@ class QemuDestination:
         self._argv: Sequence[str] = ()
         self._may_land = False
         self._landing = Landing({}, "--landing never")
+        self._machine: MachineFacts | None = None
+        self._channels_wish: int | None = 0
+        self._channels = LocalChannels(0)
+        self._warn: Callable[[str], None] = logger.warning
         self.form = "owned" if owned else "qmp"
         self.name = f"the destination QEMU ({client.path})"
         self.place = QemuPlace(client.path.absolute(), ProcessMark.of(client.peer_pid))
@@ -101,6 +110,7 @@ class QemuDestination:
     async def facts(self) -> Facts:
         """Ask the monitor; see ``migrate.qemu.preflight``."""
         facts = await preflight.collect_facts(self._client)
+        self._machine = facts
         version = str(queries.version_of(self._client))
         return Facts(facts.to_dict(), qemu_version=version, vm_id=facts.uuid)
 
@@ -120,6 +130,15 @@ class QemuDestination:
     def allow_landing(self) -> None:
         """Write pages straight into the QEMU's RAM where that is possible."""
         self._may_land = True
+
+    def wish_channels(self, wish: int | None, warn: Callable[[str], None]) -> None:
+        """Say over how many channels pages that do not land shall go, None = as it is best."""
+        self._channels_wish, self._warn = wish, warn
+
+    @property
+    def local_channels(self) -> int | None:
+        """As the base says."""
+        return self._channels.count
 
     def run_in(self, nursery: trio.Nursery) -> None:
         """Give it a place for its background tasks."""
@@ -153,6 +172,7 @@ class QemuDestination:
         if self.settings is not None:
             await self.settings.apply()  # by now the record says what the user's were
         await queries.stop(self._client)  # clears autostart: it stays paused after the load
+        await self._choose_channels()
         try:
             await queries.migrate_incoming(self._client, f"unix:{self._socket_path}")
         except QmpCommandError as error:
@@ -160,12 +180,27 @@ class QemuDestination:
                 f"{self.name} cannot receive: {error.desc}; start it with -incoming defer"
             ) from error
         try:
-            sock = await connect(UnixAddress(self._socket_path), self.name)
+            address = UnixAddress(self._socket_path)
+            hop = await connect_multifd(address, self.name, self._channels.count)
         finally:
             self._socket_path.unlink(missing_ok=True)
-        self._loader = QemuLoader(OutgoingHop(sock))
+        assert self._machine is not None, "facts() comes first"
+        self._loader = QemuLoader(hop, writer_for(self._machine, self._channels))
         assert self._nursery is not None
         self._nursery.start_soon(self._loader.read_return_path)
+        self._nursery.start_soon(hop.watch_channels)
+        await self.load([])  # what tells the connections apart
+
+    async def _choose_channels(self) -> None:
+        """Switch multifd on if it is to be used; it cannot be changed later."""
+        settings, machine, wish = self.settings, self._machine, self._channels_wish
+        if settings is None or machine is None:
+            return
+        known = await queries.query_capabilities(self._client)
+        channels = choose_incoming(wish, machine, known, lands=bool(self._landing.blocks))
+        self._channels = channels = await switch_on(self._client, settings, channels)
+        if channels.refusal and wish is not None:
+            self._warn(f"--local-channels {wish}: the main connection only, {channels.refusal}")
 
     async def prepare_landing(self) -> tuple[str, ...]:
         """Find the QEMU's main memory in its process."""
@@ -192,7 +227,9 @@ class QemuDestination:
         return landed
 
     def allocate(self, count: int) -> NDArray[np.uint8]:
-        """Memory with room for the stream's record headers."""
+        """Memory with room for the stream's record headers, which packets do not need."""
+        if self._channels.count:
+            return np.empty((count, PAGE_SIZE), np.uint8)
         return page_buffer(count)
 
     def fresh_blocks(self, blocks: RamBlocks) -> frozenset[int]:
@@ -360,6 +397,8 @@ async def open_qemu_destination(
     owned: OwnedQemu | None = None,
     argv: Sequence[str] = (),
     landing: bool = True,
+    channels_wish: int | None = 0,
+    warn: Callable[[str], None] = logger.warning,
     step_s: float = STEP_S,
 ) -> AsyncIterator[QemuDestination]:
     """Attach to a QEMU that waits with ``-incoming defer``; its settings are restored at exit.
@@ -370,6 +409,9 @@ async def open_qemu_destination(
         owned: The process, if we started it.
         argv: Its command line then.
         landing: Write pages straight into its RAM where that is possible.
+        channels_wish: Multifd channels that pages which do not land shall go over, None = as it is
+            best.
+        warn: Told why a wish is not granted.
         step_s: How long it may take to complete the load, and to let the guest run.
 
     Raises:
@@ -384,12 +426,13 @@ async def open_qemu_destination(
             trio.open_nursery() as nursery,
         ):
             guest = QemuDestination(client, run_dir, owned, step_s=step_s)
-            users = settings.user_settings((*CAPABILITIES_ON, *CAPABILITIES_OFF))
+            users = settings.user_settings((*CAPABILITIES_ON, *CAPABILITIES_OFF, *PARAMETERS))
             guest.place = replace(guest.place, settings=users)
             guest.settings = settings
             guest.take_argv(argv)
             if landing:
                 guest.allow_landing()
+            guest.wish_channels(channels_wish, warn)
             guest.run_in(nursery)
             yield guest
             nursery.cancel_scope.cancel()

@@ -49,6 +49,7 @@ class SimulatedDestination:
     form = "simulate"
     commanded = True
     place = QemuPlace()
+    local_channels = None
     name = "the simulated guest"
 
     def __init__(

@@ -23,8 +23,9 @@ from proto.guest_events import (
     ZeroRun,
 )
 from proto.qemu.format import RP_PONG, RP_SHUT
+from proto.qemu.multifd_writer import MultifdWriter
 from proto.qemu.return_path import ReturnPathMessage
-from proto.qemu.stream_writer import PING_MASK, Buffer, StreamWriter, is_our_ping
+from proto.qemu.stream_writer import PING_MASK, is_our_ping
 from proto.qemu.tail import end_mark_offset
 
 RELAY_MESSAGES = 1024
@@ -39,9 +40,10 @@ class QemuLoader:
         shut_value: What the QEMU said with SHUT; None until then.
     """
 
-    def __init__(self, hop: OutgoingHop) -> None:
+    def __init__(self, hop: OutgoingHop, writer: MultifdWriter | None = None) -> None:
+        """Load over one connection, or over those that both ``hop`` and ``writer`` are made for."""
         self._hop = hop
-        self._writer = StreamWriter()
+        self._writer = writer or MultifdWriter()
         self._rest = False
         self._held_byte = b""
         self._prelude = b""
@@ -101,48 +103,53 @@ class QemuLoader:
             QemuStreamBrokenError: The QEMU stopped loading.
         """
         for event in events:
-            await self._send(self._buffers(event))
+            self._write(event)
+        await self._flush()
 
-    async def _send(self, buffers: list[Buffer]) -> None:
-        if buffers:
+    async def _flush(self) -> None:
+        if intervals := self._writer.take():
             self._unanswered = True
-            await self._hop.send(buffers)
+            await self._hop.send_intervals(intervals)
 
-    def _buffers(self, event: GuestEvent) -> list[Buffer]:
+    def _write(self, event: GuestEvent) -> None:
         writer = self._writer
         match event:
             case PageRun(block, pages, data):
-                return writer.pages(block, pages, data)
+                writer.pages(block, pages, data)
             case ZeroRun(block, pages):
-                return writer.zero_pages(block, pages)
+                writer.zero_pages(block, pages)
             case RamBlocks(blocks, start):
-                return [*writer.open_return_path(), *writer.ram_start(blocks, start)]
-            case Opaque(kind, data, _):
-                return self._opaque(kind, data)
+                writer.open_return_path()
+                writer.ram_start(blocks, start)
+            case Opaque(kind, data, reason):
+                self._write_opaque(kind, data, reason)
             case Switchover(prelude):
                 self._prelude = prelude
             case SwitchoverRevoked():
                 self._prelude = b""
-        return []
 
-    def _opaque(self, kind: OpaqueKind, data: bytes) -> list[Buffer]:
+    def _write_opaque(self, kind: OpaqueKind, data: bytes, reason: str) -> None:
         writer = self._writer
         if kind is OpaqueKind.OPEN_RETURN_PATH:
-            return writer.open_return_path()
-        if kind not in (OpaqueKind.REST, OpaqueKind.REST_IN_RAM):
-            return writer.verbatim(data)
-        buffers: list[Buffer] = []
-        if not self._rest:
-            buffers += writer.open_return_path()
-            if kind is OpaqueKind.REST_IN_RAM:
-                buffers += writer.rest_in_ram(b"")
-            else:
-                buffers += writer.close_section()
-            self._rest = True
-        if data:
-            buffers += [self._held_byte, memoryview(data)[:-1]]
-            self._held_byte = data[-1:]
-        return buffers
+            writer.open_return_path()
+        elif kind not in (OpaqueKind.REST, OpaqueKind.REST_IN_RAM):
+            writer.verbatim(data)
+        else:
+            if not self._rest:
+                self._begin_rest(reason, in_ram=kind is OpaqueKind.REST_IN_RAM)
+            if data:
+                writer.raw(self._held_byte, memoryview(data)[:-1])
+                self._held_byte = data[-1:]
+
+    def _begin_rest(self, reason: str, *, in_ram: bool) -> None:
+        if self._writer.sync_per_section:
+            raise QemuStreamBrokenError(
+                f"the source's stream: {reason}. That cannot be passed on over several connections "
+                "to a machine of this type: start migrate-dst with --local-channels 0"
+            )
+        self._writer.open_return_path()
+        self._writer.rest(in_ram=in_ram)
+        self._rest = True
 
     async def mark(self, number: int) -> None:
         """Ask to be told when all before was loaded: ``consumed`` then reaches ``number``.
@@ -154,8 +161,10 @@ class QemuLoader:
             self.consumed = number
             self._notify()
         elif self._unanswered:
-            self._last_ping, self._unanswered = number, False
-            await self._hop.send(self._writer.ping(number))
+            self._last_ping = number
+            self._writer.ping(number)
+            await self._flush()
+            self._unanswered = False
         else:
             self._riding = number
             self._settle_riding()
@@ -194,8 +203,10 @@ class QemuLoader:
         except QemuStreamError as error:
             raise QemuStreamBrokenError(f"the source's device state: {error}") from error
         self._end = state[cut:]
-        await self._send(self._writer.verbatim(self._prelude))
-        await self._send([*self._writer.ram_end(), state[:cut]])
+        self._writer.verbatim(self._prelude)
+        self._writer.ram_end()
+        self._writer.raw(state[:cut])
+        await self._flush()
         await self.mark(mark)
         await self.wait_consumed(mark - 1)
 
@@ -206,6 +217,7 @@ class QemuLoader:
             QemuStreamBrokenError: It did not load. A destination that starts by itself may have
                 run before it failed to say so, so ``guest_on`` is ``unknown``.
         """
+        self._hop.expect_end()
         await self._hop.send([self._held_byte, self._end])
         while self.shut_value is None and not self._closed:
             await self._changed.wait()

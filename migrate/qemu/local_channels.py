@@ -1,5 +1,7 @@
 """Over how many connections a source QEMU gives us its pages, and the settings for that.
 
+For a destination QEMU see ``migrate.qemu.incoming_channels``.
+
 With multifd a second thread of QEMU writes to us while the first one looks for dirty pages, and
 its packets need no parsing page by page. It must be chosen before the migration begins.
 """
@@ -74,16 +76,22 @@ def choose_channels(
     slow = max_bandwidth_bps is not None and max_bandwidth_bps < SLOW_LINK_BPS
     automatic = AUTO_CHANNELS if version >= FIRST_AUTO_VERSION and not slow else 0
     wanted = automatic if wish is None else wish
-    beside = [name for name in device_types if name.startswith(SECTIONS_BESIDE_RAM)]
     if not wanted:
         return LocalChannels(0)
+    refusal = refusal_of(capabilities, device_types)
+    return LocalChannels(0 if refusal else wanted, refusal)
+
+
+def refusal_of(capabilities: Mapping[str, bool], device_types: Iterable[str]) -> str:
+    """Why a QEMU with these cannot have its pages come over channels; empty if it can."""
     if Capability.MULTIFD not in capabilities:
-        return LocalChannels(0, "this QEMU has no multifd")
+        return "this QEMU has no multifd"
     if capabilities.get(Capability.DIRTY_BITMAPS):
-        return LocalChannels(0, "dirty bitmaps migrate, too (capability dirty-bitmaps)")
-    if beside:
-        return LocalChannels(0, f"a device sends its state before the end of RAM: {beside[0]}")
-    return LocalChannels(wanted)
+        return "dirty bitmaps migrate, too (capability dirty-bitmaps)"
+    for name in device_types:
+        if name.startswith(SECTIONS_BESIDE_RAM):
+            return f"a device sends its state before the end of RAM: {name}"
+    return ""
 
 
 async def switch_on(

@@ -17,6 +17,7 @@ from migrate.errors import QemuStreamBrokenError
 from migrate.transport.channels import Buffer, reason, send_all, widen_send_buffer
 from proto.errors import QemuStreamError
 from proto.guest_events import NEED_DATA, GuestEvent, run_pages
+from proto.qemu.multifd_writer import Interval
 from proto.qemu.return_path import ReturnPathMessage, ReturnPathReader
 from proto.qemu.stream_reader import StreamReader
 
@@ -185,9 +186,17 @@ class OutgoingHop:
         try:
             await send_all(self._sock, buffers)
         except OSError as error:
-            raise QemuStreamBrokenError(
-                f"the destination QEMU stopped loading: {reason(error)}"
-            ) from error
+            raise self._broken(error) from error
+
+    def _broken(self, error: OSError) -> QemuStreamBrokenError:
+        return QemuStreamBrokenError(f"the destination QEMU stopped loading: {reason(error)}")
+
+    async def send_intervals(self, intervals: Iterable[Interval]) -> None:
+        """Write what a writer gave out; raises as ``send``."""
+        await self.send([buffer for interval in intervals for buffer in interval.main])
+
+    def expect_end(self) -> None:
+        """Say that the QEMU may now close its connections: it is about to get the end."""
 
     async def next_messages(self) -> list[ReturnPathMessage]:
         """Return path messages as they come; empty when the destination QEMU closed the socket.
@@ -208,6 +217,11 @@ class OutgoingHop:
                 raise QemuStreamBrokenError(f"the destination QEMU: {error}") from error
             if messages:
                 return messages
+
+    def abort(self) -> None:
+        """Make whoever reads or writes the stream see that it is at its end."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the stream."""

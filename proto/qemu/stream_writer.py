@@ -24,6 +24,7 @@ PING_BASE = 0x50000000
 PING_MASK = 0x0FFFFFFF
 
 _EOS = qf.U64.pack(qf.RAM_EOS)
+_FLUSH = qf.U64.pack(qf.RAM_MULTIFD_FLUSH)
 
 
 def ping_value(number: int) -> int:
@@ -77,14 +78,14 @@ class StreamWriter:
             self._blocks[block], pages, data, named=block != self._last_block
         )
         self._last_block = block
-        return [*self._part(), *records]
+        return [*self.open_section(), *records]
 
     def zero_pages(self, block: int, pages: NDArray[np.uint32]) -> list[Buffer]:
         """Write pages that are all zero, n > 0."""
         named = block != self._last_block
         body = zero_records(self._blocks[block], pages, named=named)
         self._last_block = block
-        return [*self._part(), body]
+        return [*self.open_section(), body]
 
     def close_section(self) -> list[Buffer]:
         """Close the open PART, if there is one."""
@@ -100,9 +101,19 @@ class StreamWriter:
 
     def rest_in_ram(self, head: bytes) -> list[Buffer]:
         """Go on inside a RAM section with bytes not understood; nothing else may follow."""
-        return [*self._part(), head]
+        return [*self.open_section(), head]
 
-    def _part(self) -> list[Buffer]:
+    def multifd_flush(self) -> list[Buffer]:
+        """Write the record that is a sync with multifd, for machine types from 8.1."""
+        return [*self.open_section(), _FLUSH]
+
+    @property
+    def section_is_open(self) -> bool:
+        """Whether records can follow."""
+        return self._open
+
+    def open_section(self) -> list[Buffer]:
+        """Begin a PART, unless one is open."""
         if self._open:
             return []
         self._open = True
