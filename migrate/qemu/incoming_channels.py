@@ -41,7 +41,7 @@ def choose_incoming(
         return LocalChannels(0, refusal)
     if sync_per_section(machine) is None:
         return LocalChannels(0, f"machine type {machine.machine_type} is not one of QEMU's own")
-    return LocalChannels(wanted)
+    return LocalChannels(wanted, incoming=True)
 
 
 def sync_per_section(machine: MachineFacts) -> bool | None:

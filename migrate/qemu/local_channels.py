@@ -39,22 +39,26 @@ class LocalChannels:
     Attributes:
         count: Channels beside the main connection; 0 = over that one.
         refusal: Why a wish for more was not granted; empty if it was.
+        incoming: They lead into a QEMU.
     """
 
     count: int
     refusal: str = ""
+    incoming: bool = False
 
     @property
     def settings(self) -> dict[str, JsonValue]:
         """Parameters that must be set; a version that does not know one needs it not."""
         if not self.count:
             return {}
-        return {
+        settings: dict[str, JsonValue] = {
             Parameter.MULTIFD_CHANNELS: self.count,
             Parameter.MULTIFD_COMPRESSION: "none",
-            # Packets are then full and in order, and zero pages cost nine bytes.
-            Parameter.ZERO_PAGE_DETECTION: "legacy",
         }
+        if not self.incoming:
+            # Packets are then full and in order, and zero pages cost nine bytes.
+            settings[Parameter.ZERO_PAGE_DETECTION] = "legacy"
+        return settings
 
 
 def choose_channels(

@@ -82,7 +82,7 @@ class MultifdWriter:
         """
         self._stream = StreamWriter()
         self._count = channels
-        self._per_section = sync_per_section
+        self._per_section = channels > 0 and sync_per_section
         self._blocks: Sequence[RamBlock] = ()
         self._sent = _Sent(())
         self._unsynced = False
@@ -107,7 +107,7 @@ class MultifdWriter:
     @property
     def sync_per_section(self) -> bool:
         """Whether every end of a RAM section is a sync; False without channels."""
-        return self._count > 0 and self._per_section
+        return self._per_section
 
     @property
     def return_path_open(self) -> bool:
@@ -167,10 +167,12 @@ class MultifdWriter:
         self._unsynced = True
 
     def ram_end(self) -> None:
-        """Write an END section without pages."""
-        self.sync()
+        """Write an END section without pages, and a sync in it, as a source with multifd does."""
         self._close_section()
-        self._with_end_of_section(self._stream.ram_end())
+        if self._count:
+            self._with_sync(self._stream.ram_end(flush=not self._per_section))
+        else:
+            self._open.main += self._stream.ram_end()
 
     # --- other parts of the stream --------------------------------------------------------------
 
@@ -205,7 +207,7 @@ class MultifdWriter:
         Raises:
             LocalProtocolError: There may be syncs among them that nobody sees.
         """
-        if self.sync_per_section:
+        if self._per_section:
             raise LocalProtocolError("what is not understood may end sections, each a sync")
         self.sync()
         if in_ram:
@@ -223,9 +225,7 @@ class MultifdWriter:
             self._open.main += self._stream.open_section()
             self._close_section()
         else:
-            self._sync_channels()
-            self._open.main += self._stream.multifd_flush()
-            self._end_interval()
+            self._with_sync(self._stream.multifd_flush())
 
     def _close_section(self) -> None:
         if self._stream.section_is_open:
@@ -233,23 +233,21 @@ class MultifdWriter:
 
     def _with_end_of_section(self, buffers: list[Buffer]) -> None:
         """Write bytes that end with a section."""
-        is_sync = self.sync_per_section
-        if is_sync:
-            self._sync_channels()
+        if self._per_section:
+            self._with_sync(buffers)
+        else:
+            self._open.main += buffers
+
+    def _with_sync(self, buffers: list[Buffer]) -> None:
+        """Write bytes that are a sync of the main connection, and end the interval with them."""
+        for channel in self._open.channels:
+            channel.append(sync_packet(number=self._next_number()))
         self._open.main += buffers
-        if is_sync:
-            self._end_interval()
-
-    def _sync_channels(self) -> None:
-        for buffers in self._open.channels:
-            buffers.append(sync_packet(number=self._next_number()))
-
-    def _next_number(self) -> int:
-        self._packets += 1
-        return self._packets - 1
-
-    def _end_interval(self) -> None:
         self._done.append(self._open)
         self._open = self._new_interval()
         self._sent.clear()
         self._unsynced = False
+
+    def _next_number(self) -> int:
+        self._packets += 1
+        return self._packets - 1

@@ -94,10 +94,15 @@ class StreamWriter:
         self._open = False
         return [_EOS + self._footer()]
 
-    def ram_end(self) -> list[Buffer]:
-        """Write an END section without pages: all of RAM went out in PARTs."""
+    def ram_end(self, *, flush: bool = False) -> list[Buffer]:
+        """Write an END section without pages: all of RAM went out in PARTs.
+
+        Args:
+            flush: With the record of ``multifd_flush``.
+        """
         head = bytes([qf.SECTION_END]) + qf.U32.pack(self._ram_id)
-        return [*self.close_section(), head + _EOS + self._footer()]
+        body = _FLUSH + _EOS if flush else _EOS
+        return [*self.close_section(), head + body + self._footer()]
 
     def rest_in_ram(self, head: bytes) -> list[Buffer]:
         """Go on inside a RAM section with bytes not understood; nothing else may follow."""
