@@ -124,9 +124,11 @@ async def connect_multifd(address: SocketAddress, what: str, channels: int) -> M
 async def _connect(address: SocketAddress, what: str) -> Sock:
     """Connect, however long the queue of a QEMU that accepts one at a time is full."""
     while True:
+        sock = await connect(address, what)
         try:
-            return await connect(address, what)
-        except ConnectError as error:
-            if not isinstance(error.__cause__, BlockingIOError):
-                raise
-        await trio.sleep(0.01)
+            sock.getpeername()
+        except OSError:  # the kernel does not tell trio that a unix socket's queue was full
+            sock.close()
+            await trio.sleep(0.01)
+        else:
+            return sock

@@ -1,8 +1,13 @@
-"""Which QEMU gives its pages over how many connections."""
+"""Which QEMU gives or gets its pages over how many connections."""
+
+from dataclasses import replace
 
 import pytest
 
+from migrate.qemu.incoming_channels import choose_incoming, sync_per_section, writer_for
 from migrate.qemu.local_channels import AUTO_CHANNELS, SLOW_LINK_BPS, choose_channels
+from migrate.qemu.machine_facts import Device, MachineFacts
+from tests.unit.test_preflight import SOURCE
 
 NEW, OLD = (10, 0, 2), (7, 2, 22)
 KNOWN = {"multifd": False, "dirty-bitmaps": False, "xbzrle": True}
@@ -57,3 +62,67 @@ def test_a_slow_link_needs_no_channels_unless_the_user_wants_them() -> None:
         for wish, rate in [(None, slow), (None, fast), (None, None), (2, slow)]
     ]
     assert counts == [0, AUTO_CHANNELS, AUTO_CHANNELS, 2]
+
+
+# --- into a QEMU ----------------------------------------------------------------------------------
+
+
+def machine(version: tuple[int, int, int], machine_type: str) -> MachineFacts:
+    return replace(SOURCE, qemu_version=version, machine_type=machine_type)
+
+
+@pytest.mark.parametrize(
+    ("version", "machine_type", "per_section"),
+    [
+        (OLD, "pc-q35-7.2", True),
+        (OLD, "pc-q35-of-a-distribution", True),
+        ((8, 0, 5), "pc-i440fx-8.0", True),
+        ((8, 1, 0), "pc-q35-8.0", True),
+        ((8, 1, 0), "pc-q35-8.1", False),
+        (NEW, "pc-i440fx-7.2", True),
+        (NEW, "pc-q35-10.0", False),
+        (NEW, "pc-q35-of-a-distribution-9.6.0", None),
+        (NEW, "microvm", None),
+    ],
+)
+def test_version_and_machine_type_say_what_a_sync_is(
+    version: tuple[int, int, int], machine_type: str, per_section: bool | None
+) -> None:
+    facts = machine(version, machine_type)
+    assert sync_per_section(facts) is per_section
+    channels = choose_incoming(2, facts, KNOWN, lands=False)
+    if per_section is None:
+        assert channels.count == 0
+        assert machine_type in channels.refusal
+    else:
+        assert (channels.count, channels.refusal) == (2, "")
+        assert writer_for(facts, channels).sync_per_section is per_section
+
+
+def test_what_stands_against_channels_into_a_qemu() -> None:
+    facts = machine(NEW, "pc-q35-10.0")
+    beside = replace(facts, devices=(Device("0000:00:02.0", "vfio-pci", ""),))
+    for host, capabilities, lands, reason in [
+        (facts, KNOWN, True, "straight into the QEMU's RAM"),
+        (facts, {}, False, "no multifd"),
+        (facts, {**KNOWN, "dirty-bitmaps": True}, False, "dirty-bitmaps"),
+        (beside, KNOWN, False, "vfio-pci"),
+    ]:
+        channels = choose_incoming(3, host, capabilities, lands=lands)
+        assert channels.count == 0
+        assert reason in channels.refusal
+        assert choose_incoming(0, host, capabilities, lands=lands).refusal == ""
+    assert choose_incoming(3, facts, KNOWN, lands=False).settings == {
+        "multifd-channels": 3,
+        "multifd-compression": "none",
+    }
+
+
+@pytest.mark.parametrize("uuid", [None, SOURCE.uuid])
+def test_channels_name_the_machine(uuid: str | None) -> None:
+    facts = replace(machine(NEW, "pc-q35-10.0"), uuid=uuid)
+    channels = choose_incoming(1, facts, KNOWN, lands=False)
+    (interval,) = writer_for(facts, channels).take()
+    initial = b"".join(interval.channels[0])
+    expected = bytes.fromhex((uuid or "").replace("-", "")) or bytes(16)
+    assert initial[8:24] == expected

@@ -180,6 +180,24 @@ def test_the_smallest_and_largest_values_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"local_channels": 65}, "--local-channels auto or 0 to 64, got 65"),
+        ({"qemu_argv": None, "simulate": True, "local_channels": 2}, "nobody else can be told"),
+        (
+            {"qemu_argv": None, "incoming": UnixAddress(Path("/q")), "local_channels": 0},
+            "--local-channels needs '-- QEMU COMMAND' or --qmp",
+        ),
+    ],
+)
+def test_channels_that_no_qemu_can_be_told_of_are_refused(
+    changes: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ParamsError, match=text):
+        destination(**changes)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"qemu_argv": None},
