@@ -193,6 +193,9 @@ def decode_into_rows(batch: PageBatch, rows: NDArray[np.uint8]) -> NDArray[np.ui
     if batch.codec_id == CodecId.RAW and len(batch.encoded) == rows.size:
         rows[:] = np.frombuffer(batch.encoded, np.uint8).reshape(-1, PAGE_SIZE)
         return rows
+    if rows.flags.c_contiguous:
+        decode_into(batch.codec_id, batch.encoded, rows.reshape(-1).data)
+        return rows
     raw = np.empty(len(rows) * PAGE_SIZE, np.uint8)
     decode_into(batch.codec_id, batch.encoded, raw.data)
     rows[:] = raw.reshape(-1, PAGE_SIZE)

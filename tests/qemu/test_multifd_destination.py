@@ -21,6 +21,9 @@ NO_LANDING = ("--landing", "never", "--local-channels")
 USERS = {"multifd-channels": 5, "multifd-compression": "zlib"}
 """Settings of the user's that we must change and give back."""
 
+NAMED = ("-uuid", "12345678-9abc-def0-1122-334455667788")
+"""A QEMU takes channels only of a machine that is called as itself."""
+
 MACHINES = pytest.mark.parametrize(
     ("version", "machine"),
     [("7.2", "pc-q35-7.2"), ("10.0", "pc-q35-7.2"), ("10.0", "pc-q35-10.0")],
@@ -37,9 +40,9 @@ async def start(
 
 
 async def start_guest(
-    bench: Bench, version: str, machine: str, *, hot_pages: int = 64
+    bench: Bench, version: str, machine: str, *more: str, hot_pages: int = 64
 ) -> Machine:
-    source = await start(bench, version, machine, hot_pages=hot_pages)
+    source = await start(bench, version, machine, *more, hot_pages=hot_pages)
 
     async def counts() -> bool:
         return await source.ticks() > 0
@@ -78,8 +81,8 @@ async def test_ram_is_what_the_source_had_after_pages_were_written_again(
     short_tmp: Path, version: str, machine: str, channels: str, from_channels: str
 ) -> None:
     async with Bench.open(short_tmp) as bench:
-        source = await start_guest(bench, version, machine)
-        arrived = await start(bench, version, machine, "-incoming", "defer")
+        source = await start_guest(bench, version, machine, *NAMED)
+        arrived = await start(bench, version, machine, *NAMED, "-incoming", "defer")
         await queries.set_parameters(arrived.monitor, USERS)
         settings = await arrived.settings()
         dst = await bench.destination("--qmp", str(arrived.qmp), *NO_LANDING, channels)
