@@ -1,12 +1,13 @@
 """What the destination makes of a batch: in its page cache, and in RAM where pages land."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from migrate.pages.apply import PageApplier
+from migrate.pages.apply import AllocatePages, PageApplier
 from migrate.pages.digests import digest_pages, zero_digest
 from migrate.pages.landed import LandedRam
 from migrate.pages.slot_policy import NO_SLOT
@@ -14,6 +15,7 @@ from proto.codecs import CodecId, make_codec
 from proto.errors import CodecError
 from proto.guest_events import PAGE_SIZE, RamBlock
 from proto.link.pages import PageBatch
+from proto.qemu.ram import page_buffer
 from tests.landed_block import MemoryBlock
 from tests.strategies import page_array
 
@@ -47,12 +49,21 @@ def literals(block: int, pages: Sequence[int], numbers: Sequence[int]) -> PageBa
     )
 
 
-def applier(landed: dict[int, MemoryBlock] | None = None, slot_count: int = 0) -> PageApplier:
+def packed(count: int) -> NDArray[np.uint8]:
+    """What a writer of packets needs; ``page_buffer`` is what one of records does."""
+    return np.empty((count, PAGE_SIZE), np.uint8)
+
+
+def applier(
+    landed: dict[int, MemoryBlock] | None = None,
+    slot_count: int = 0,
+    allocate: AllocatePages = packed,
+) -> PageApplier:
     return PageApplier(
         BLOCKS,
         seed=SEED,
         slot_count=slot_count,
-        allocate=lambda count: np.empty((count, PAGE_SIZE), np.uint8),
+        allocate=allocate,
         landed=landed or {},
     )
 
@@ -61,6 +72,21 @@ def difference(old: Sequence[int], new: Sequence[int]) -> bytes:
     encoded = make_codec(CodecId.ZSTD).encode((rows(old) ^ rows(new)).tobytes())
     assert encoded is not None
     return encoded
+
+
+@pytest.mark.parametrize("allocate", [packed, page_buffer])
+@pytest.mark.parametrize("codec_id", [CodecId.RAW, CodecId.LZ4])
+def test_literals_are_decoded_into_whatever_memory_the_writer_needs(
+    allocate: AllocatePages, codec_id: CodecId
+) -> None:
+    batch = literals(1, [3, 4, 9], [10, 20, 30])
+    if codec_id is not CodecId.RAW:
+        encoded = make_codec(codec_id).encode(rows([10, 20, 30]).tobytes())
+        assert encoded is not None
+        batch = replace(batch, codec_id=codec_id, encoded=encoded)
+    run = applier(allocate=allocate).apply(batch).pages
+    assert run is not None
+    assert run.data.tobytes() == rows([10, 20, 30]).tobytes()
 
 
 def test_all_slots_are_read_before_a_batch_writes_any() -> None:
