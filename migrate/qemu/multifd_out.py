@@ -83,6 +83,8 @@ class MultifdOut(OutgoingHop):
 
     async def _watch(self, sock: Sock) -> None:
         """QEMU says nothing on a channel: what can be read is its end."""
+        if sock.fileno() < 0:
+            return  # closed before anybody looked
         try:
             await trio.lowlevel.wait_readable(sock)
         except (OSError, trio.ClosedResourceError):

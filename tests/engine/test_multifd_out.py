@@ -146,6 +146,7 @@ async def test_all_connections_are_closed() -> None:
         for sock, into in zip(peers, received, strict=True):
             nursery.start_soon(read_all, sock, into)
         hop.close()
+        await hop.watch_channels()  # sees nothing
 
 
 async def test_connections_that_are_not_taken_are_an_error(short_tmp: Path) -> None:
