@@ -195,7 +195,7 @@ def _add_destination_guest(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--local-channels", metavar="N", type=checked(_parse_channels), default="auto",
         help="connections beside the main one that the QEMU gets pages over which do not land "
-        "(multifd), 0 for none",
+        "(multifd), 0 for none, as auto chooses",
     )  # fmt: skip
 
 

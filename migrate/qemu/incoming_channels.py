@@ -14,6 +14,8 @@ from migrate.qemu.machine_facts import MachineFacts
 from proto.qemu.multifd_writer import MultifdWriter
 
 AUTO_CHANNELS: Final = 0
+"""Measured with 7.2 and 10.0, 1 and 2 channels are not faster than none on a machine with two
+processors (``docs/performance.md``): one connection carries 5 to 7 GB/s. ``tools/bench-load``."""
 
 FIRST_FLUSHING: Final = (8, 1)
 """QEMU and machine type from which a record is the sync, and no longer the end of a section."""
