@@ -33,6 +33,7 @@ async def hop_and_peers(count: int) -> AsyncIterator[tuple[MultifdOut, list[Sock
     peers = [theirs for _, theirs in pairs]
     try:
         with trio.fail_after(5):
+            await trio.lowlevel.checkpoint()
             yield hop, peers
     finally:
         hop.close()
