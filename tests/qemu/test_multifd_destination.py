@@ -93,7 +93,9 @@ async def test_ram_is_what_the_source_had_after_pages_were_written_again(
         assert src.report["local_channels"] == int(from_channels)
         assert dst.report["local_channels"] == int(channels)
         assert not [text for text in dst.report["warnings"] if "--local-channels" in text]
-        assert len(src.report["rounds"]) > 1
+        pages = src.report["pages"]
+        again = sum(pages.values()) - pages["same"] - src.report["integrity"]["pages"]
+        assert again >= 64  # the guest's hot ones
         assert await arrived.settings() == settings
 
 
