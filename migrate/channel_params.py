@@ -5,6 +5,7 @@ from typing import Final
 from migrate.errors import ParamsError
 
 MAX_LOCAL_CHANNELS: Final = 64
+"""QEMU takes up to 255; each costs it and us a thread and memory for a packet or two."""
 
 
 def check_channels(count: int | None, needs: str) -> None:

@@ -20,8 +20,6 @@ from migrate.units import GIB, KIB, MIB, size_text
 from proto.guest_events import PAGE_SIZE
 from proto.limits import MAX_STREAMS
 
-"""QEMU takes up to 255; each costs it and us a thread and memory for a packet or two."""
-
 MAX_CACHE_BYTES: Final = 64 * GIB
 """Slot numbers are 32-bit; and a cache larger than this is a typing mistake."""
 
