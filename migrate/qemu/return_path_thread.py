@@ -36,8 +36,11 @@ class ReturnPathThread:
         self._begun = self._threads() - self._before
 
     async def wait_gone(self) -> None:
-        """Wait for its end, for ``GONE_S`` at most: a thread for disk I/O may be taken for it."""
-        with trio.move_on_after(GONE_S):
+        """Wait for its end, for ``GONE_S`` at most: a thread for disk I/O may be taken for it.
+
+        Not to be cancelled: where the guest is was found out before, and must not be lost for it.
+        """
+        with trio.move_on_after(GONE_S, shield=True):
             while self._begun & self._threads():  # noqa: ASYNC110  no event tells of it
                 await trio.sleep(LOOK_S)
 
